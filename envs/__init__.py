@@ -1,0 +1,39 @@
+"""
+Batched worlds: the only code that the six scripts share.
+
+    env = make("ipd", num_envs=64)
+
+    env.num_envs B   env.horizon H   env.num_agents N   env.obs_dims[i]   env.action_dims[i]   env.discrete
+    obs = env.reset(task=None)                                    obs[i]: (B, O_i) float32
+    obs, reward, terminated, truncated, info = env.step(action)   action[i]: (B,) long, or (B, A_i) float32
+                                                                  reward: (B, N) float32, flags: (B,) bool
+    tasks = env.sample_tasks(n, split="train")                    meta worlds; "train" and "test" are disjoint
+
+`obs` and `action` are tuples over the agents, whose sizes may differ; a world with one agent drops the tuple.
+There is no autoreset: all B episodes run to the horizon H together and start again at reset(). An early
+`terminated` is a mask, not a reset, and is never mixed with `truncated`, which only says that time is up.
+Bring your own world by returning any object with these members from a script's make_env().
+
+Dynamics, rewards, observations and tasks live here. Networks, returns, normalisers and learning opponents
+live in the scripts. A module is imported when one of its worlds is made: matrix games need only torch, numpy.
+"""
+
+from importlib import import_module
+
+WORLDS = {  # name: (module, class)
+    "ipd": ("matrix_games", "MatrixGame"),
+    "rps": ("matrix_games", "MatrixGame"),
+    "rps3": ("matrix_games", "MatrixGame"),
+    "rps4": ("matrix_games", "MatrixGame"),
+}
+
+
+def make(name, num_envs, **options):
+    """The world `name` with `num_envs` copies side by side. Raises ValueError for an unknown name or a bad
+    option."""
+    if name not in WORLDS:
+        raise ValueError(f"unknown env {name!r}; known: {', '.join(WORLDS)}")
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, not {num_envs}")
+    module, cls = WORLDS[name]
+    return getattr(import_module(f".{module}", __package__), cls)(name, num_envs, **options)

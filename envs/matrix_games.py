@@ -1,0 +1,125 @@
+"""
+Iterated matrix games: prisoner's dilemma ("ipd") and rock-paper-scissors for 2, 3 and 4 players ("rps",
+"rps3", "rps4"), with the initial opponents ("personas") of Kim et al., 2021 (arXiv:2011.00382, Sec. 5).
+
+State     0 before the first move; afterwards 1 + the last joint action read as a number in base A, agent 0's
+          action first. ALL agents see the same index: the opponent's view is not mirrored.
+Actions   ipd: 0 = Defect, 1 = Cooperate (states 1..4 are DD, DC, CD, CC); rps: 0 Rock, 1 Paper, 2 Scissors.
+Task      whom agent 0 meets: (N-1, S, A) logits, one table for each opponent. The payoffs are always
+          the same; the script plays these tables, and lets them learn.
+"""
+
+import numpy as np
+import torch
+
+# payoff[own action][other's action]
+PAYOFF = {"ipd": [[-0.5, 1.5], [-1.5, 0.5]], "rps": [[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]}
+CLASSES = {"ipd": ("defective", "cooperative"), "rps": ("rock", "paper", "scissors")}  # by preferred action
+SPLITS = {"train": 200, "val": 20, "test": 20}  # personas of each class
+
+
+class MatrixGame:
+    """B games of H steps. With index_obs, obs[i] is the state as (B,) long instead of one-hot (B, S)
+    float32."""
+
+    discrete = True
+
+    def __init__(self, name, num_envs, horizon=150, device="cpu", index_obs=False, personas=None,
+                 persona_seed=0, ood=False):
+        game, self.num_agents = name[:3], int(name[3:] or 2)
+        self.num_envs, self.horizon, self.device, self.index_obs = num_envs, horizon, device, index_obs
+        self.actions, N = len(PAYOFF[game]), self.num_agents
+        self.states = S = 1 + self.actions**N
+        self.obs_dims, self.action_dims = (S,) * N, (self.actions,) * N
+        # The state holds the whole last joint action, so the reward is a table look-up by the next state.
+        # With more than two players each meets every other and the pairwise payoffs are averaged; the paper
+        # does not say.
+        joint = torch.cartesian_prod(*[torch.arange(self.actions)] * N)  # (S-1, N), row order = state order
+        pay = torch.tensor(PAYOFF[game])[joint[:, :, None], joint[:, None, :]]  # (S-1, N, N)
+        pay = (pay.sum(2) - pay.diagonal(dim1=1, dim2=2)) / (N - 1)
+        self.reward_table = torch.cat([torch.zeros(1, N), pay]).to(device)  # (S, N)
+        self._never = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        classes = CLASSES[game]
+        if personas is None:
+            self.personas = draw_personas(classes, S, self.actions, persona_seed, ood)
+        else:
+            self.personas = load_personas(personas, classes, S, self.actions)
+
+    def reset(self, task=None):
+        """(B,) games at state 0. `task` changes the opponents, not the game, and is accepted for the
+        contract."""
+        self.t = 0
+        self.state = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
+        return self._obs()
+
+    def step(self, action):
+        joint = action[0]
+        for a in action[1:]:
+            joint = joint * self.actions + a
+        self.state, self.t = joint + 1, self.t + 1
+        truncated = ~self._never if self.t >= self.horizon else self._never
+        return self._obs(), self.reward_table[self.state], self._never, truncated, {}
+
+    def _obs(self):
+        if self.index_obs:
+            return (self.state,) * self.num_agents
+        return (torch.nn.functional.one_hot(self.state, self.states).float(),) * self.num_agents
+
+    def sample_tasks(self, n, split="train"):
+        """(n, N-1, S, A) logits: every opponent drawn from the whole split, uniformly, with replacement."""
+        pool = torch.cat(list(self.personas[split].values()))
+        return pool[torch.randint(len(pool), (n, self.num_agents - 1))].to(self.device)
+
+    def tasks_by_class(self, split):
+        """{class: (n, N-1, S, A)}: each persona of the split once as first opponent. Further opponents (N >
+        2) come from the whole split in a fixed order, so that two calls give the same tasks."""
+        pool, out = torch.cat(list(self.personas[split].values())), {}
+        order = torch.Generator().manual_seed(0)
+        for name, first in self.personas[split].items():
+            rest = pool[torch.randint(len(pool), (len(first), self.num_agents - 2), generator=order)]
+            out[name] = torch.cat([first[:, None], rest], dim=1).to(self.device)
+        return out
+
+
+def draw_personas(classes, S, A, seed, ood=False):
+    """{split: {class: (n, S, A) logits}}. In every state, independently, the class's own action has
+    probability U(1/A, 1) and the others share the rest. With `ood` the test split is the 20 most extreme of
+    each class (largest mean logit of the preferred action) instead of a random 20, so that it lies outside
+    what training has seen."""
+    rng, out = np.random.default_rng(seed), {split: {} for split in SPLITS}
+    for preferred, name in enumerate(classes):
+        n = sum(SPLITS.values())
+        p = rng.uniform(1 / A, 1, (n, S, 1))
+        probs = np.repeat((1 - p) / (A - 1), A, axis=2)
+        probs[:, :, preferred] = p[:, :, 0]
+        if ood:
+            order, test = np.log(p / (1 - p)).mean((1, 2)).argsort(), SPLITS["test"]  # ascending
+            probs = probs[np.concatenate([rng.permutation(order[:-test]), order[-test:]])]
+        logits, start = torch.tensor(np.log(probs), dtype=torch.float32), 0
+        for split, size in SPLITS.items():
+            out[split][name] = logits[start : start + size]
+            start += size
+    return out
+
+
+def load_personas(path, classes, S, A):
+    """The same from an .npz with arrays "<class>_<split>" of (n, S, A) log-probabilities. Raises
+    ValueError."""
+    try:
+        with np.load(path) as data:
+            arrays = {key: data[key] for key in data.files}
+    except Exception as e:  # missing, not an .npz, truncated, pickled: all are the user's to know
+        raise ValueError(f"personas {path}: cannot be read as .npz ({e})") from None
+    out = {}
+    for split in SPLITS:
+        out[split] = {}
+        for name in classes:
+            value = arrays.get(f"{name}_{split}")
+            if value is None:
+                raise ValueError(f"personas {path}: no array {name}_{split}; wanted: <class>_<split> for "
+                                 f"{', '.join(classes)} and {', '.join(SPLITS)}")
+            if value.ndim != 3 or value.shape[1:] != (S, A) or not len(value) or not np.isfinite(value).all():
+                raise ValueError(f"personas {path}: {name}_{split} must be finite, (n, {S}, {A}), "
+                                 f"not {value.shape}")
+            out[split][name] = torch.tensor(value, dtype=torch.float32)
+    return out

@@ -1,0 +1,1114 @@
+"""
+Meta-MAPG: a policy gradient that reckons with one's own learning and with the learning of the others.
+
+  Paper      Kim, Liu, Riemer, Sun, Abdulhai, Habibi, Lopez-Cot, Tesauro, How: A Policy Gradient Algorithm for
+             Learning to Learn in Multiagent Reinforcement Learning. ICML 2021, arXiv:2011.00382.
+  Problem    Agent i meets peers who learn. All play K episodes, take one policy-gradient step, play again ...
+             L times. Choose the initial policy phi^i_0 (and own step sizes eta) to maximise the return AFTER
+             the steps, J = E_{peers ~ p} sum_{l=1..L} V^i(phi_l), phi = (phi^i, phi^-i).
+  Algorithm  for each outer iteration: draw C personas as peers; for each of C Markov chains, side by side:
+               for l = 0 .. L:
+                 tau_l ~ phi_l: K episodes of H steps                                     -> rollout()
+                 b^a: linear feature baseline, fitted to the batch                   (1)  -> linear_baseline()
+                 O^a = mean_k sum_t gamma^t [box(c_t) r^a_t + (1 - box(s_t)) b^a_t]  (2)  -> dice_objective()
+                 phi^a_{l+1} = phi^a_l + lr^a dO^a/dphi^a, for every agent a         (3)  -> inner_update()
+               A_l: generalised advantage of tau_l                                   (4)  -> gae()
+               loss = -sum_l mean_k sum_t A_l (current + own learning + peer learning)  (5)  -> outer_loss()
+             clip each chain's gradient, remove conflicts between chains (PCGrad)    (6)  -> pcgrad()
+             phi^i_0, eta, critic: one AMSGrad step                                  (7)  -> AMSGrad.step()
+             Tables in a two-player game: V itself has a closed form                 (8)  -> exact_value()
+             Opponent modelling: peers' parameters from their actions alone          (9)  -> fit_opponent()
+  Symbols    phi^i_0 theta  {name: (C, ...)}   tau_l   batch  (C, H, K[, N])    lr^i_l   eta      (C, L)
+             phi_l   players  N such dicts     s_t     nodes  (C, N, H, K)      r        reward   (C, H, K, N)
+             C chains, H steps, K episodes, N agents, S states, A actions, L updates, P parameters.
+  Methods    --method meta-mapg | meta-pg (no peer learning) | lola-dice (--look-ahead) | reinforce
+             --no-own-learning, --no-peer-learning: the paper's ablations; --opponent-model: Meta-MAPG-OM.
+  Departures [D1] The baseline is regressed on its own time steps; the authors' code pairs time-major features
+                  with batch-major targets (--baseline scrambled), at a third more noise. Solved in float64.
+                  The squares of one-hot features equal the features; both become a factor sqrt(2).
+             [D2] --estimator last keeps the terms of eq. (5) that carry signal in expectation: those of tau_l
+                  itself. --estimator code is the authors' sum, which also pairs (t, k) of different batches.
+             [D3] C chains make one synchronous step, where the authors' five processes make five asynchronous
+                  ones. So the outer step sizes are multiplied by sqrt(C), and PCGrad acts among these chains.
+             [D4] log-softmax, where the authors clamp probabilities and lose the gradient of sure actions.
+             [D5] RPS has H = 50, as in the authors' code; the paper says 150 (--horizon 150).
+             [D6] LOLA-DiCE, REINFORCE, "no own learning" and opponent modelling were never released. Ours:
+                  LOLA scores the return after look_ahead steps of the peers alone, REINFORCE that of phi_0,
+                  "no own learning" drops log pi^i(tau_m), m >= 1, opponents are fitted by maximum likelihood.
+  Run        python meta_mapg.py --env ipd                    # exact gradient of tables: 10 s on one core
+             python meta_mapg.py --env ipd --method meta-pg   # the same without peer learning: 10 s
+             python meta_mapg.py --env rps                    # sampled gradient, tables: 1 min on one core
+             python meta_mapg.py --env ipd --policy lstm --outer-lr 3e-4 --critic-lr 5e-4   # paper's nets, >= 1 h
+             python meta_mapg.py --env rps --policy lstm --outer-lr 3e-4 --critic-lr 5e-4   # paper's nets, >= 1 h
+             torchrun --nproc-per-node 2 meta_mapg.py --env ipd --policy lstm   # chains shared out
+             python meta_mapg.py --env ipd --evaluate runs/x/checkpoint.pt     # the table of a finished run
+  Expect     ipd: the sum of rewards over phi_1..phi_7 on held-out personas is about 7 against cooperative and
+             4 against defective peers; with --method meta-pg about -1 and -3. rps: about 1.5.
+  Licence    MIT. Please cite the paper above for the method.
+"""
+
+import contextlib
+import csv
+import ctypes
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Optional, get_args
+
+# Large pages for torch, and no freed memory given back by glibc: fresh pages took a third of the time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+with contextlib.suppress(Exception):
+    ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import envs
+
+# ================================================================ 0. Arguments
+Env = Literal["ipd", "rps", "rps3", "rps4"]
+
+PAPER = {  # what an argument left at None becomes: the paper's value for the game ...
+    "ipd": dict(horizon=150, gamma=0.96, inner_lr=0.1, outer_lr=1e-4, critic_lr=1.5e-4, ent_coef=0.5,
+                num_chains=16, total_steps=600_000_000, num_threads=2, eval_every=25, save_every=5),
+    "rps": dict(horizon=50,  # [D5]
+                gamma=0.90, inner_lr=0.01, outer_lr=1e-5, critic_lr=1.5e-5, ent_coef=0.0,
+                num_chains=16, total_steps=300_000_000, num_threads=2, eval_every=25, save_every=5),
+}
+PAPER["rps3"] = PAPER["rps4"] = PAPER["rps"]
+TABLE = dict(inner_lr=1.0, outer_lr=0.004, critic_lr=0.02, ent_coef=0.0, num_chains=24, num_threads=1,
+             eval_every=25, save_every=25)  # ... or, for --policy table, that of the quick experiment, ours
+TABLE_STEPS = {"exact": 4_320_000, "sampled": 92_160_000}
+
+
+@dataclass
+class Args:
+    # --- experiment: the same in all six scripts
+    env: Env = get_args(Env)[0]
+    """which world to play"""
+    seed: int = 1
+    """seeds python, numpy, torch and the worlds"""
+    device: str = "cpu"
+    """torch device: cpu, cuda, cuda:1"""
+    num_threads: Optional[int] = None
+    """torch threads of each process; default: what was measured to be fastest"""
+    total_steps: Optional[int] = None
+    """transitions to train for, over all worlds, inner-loop ones included; default: the preset of the
+    world"""
+    eval_every: Optional[int] = None
+    """evaluate each so many outer iterations; 0: only at the end"""
+    eval_episodes: Optional[int] = None
+    """episodes of each task in an evaluation; default: as many as in training"""
+    save_every: Optional[int] = None
+    """write checkpoint.pt each so many outer iterations (and at the end, and on Ctrl-C)"""
+    run_dir: Optional[str] = None
+    """where to write; default runs/<env>__<script>__<seed>__<time>"""
+    resume: Optional[str] = None
+    """a checkpoint.pt to go on from, bit by bit, in its folder and with its arguments unless others are
+    given"""
+    evaluate: Optional[str] = None
+    """a checkpoint.pt to evaluate: prints the table, writes eval.json beside it, exits"""
+    capture_video: bool = False
+    """with --evaluate: also write a GIF (2-D worlds, MuJoCo) or a text table of the play (matrix games)"""
+    track: bool = False
+    """also log to Weights & Biases (needs wandb)"""
+    # --- algorithm
+    method: Literal["meta-mapg", "meta-pg", "lola-dice", "reinforce"] = "meta-mapg"
+    """what is trained; all methods adapt by eq. (3) when tested"""
+    own_learning: bool = True
+    """count our own future updates, eq. (5); off: the paper's ablation"""
+    peer_learning: bool = True
+    """count how our actions shape the peers' updates, eq. (5); off: Meta-PG"""
+    opponent_model: bool = False
+    """Meta-MAPG-OM: differentiate through peers fitted to their actions, eq. (9)"""
+    look_ahead: int = 1
+    """steps of the peers that lola-dice looks ahead; the paper tries 1, 3, 5"""
+    policy: Literal["table", "lstm"] = "table"
+    """agent i: a table of logits for each state, or the paper's LSTM; peers are tables"""
+    gradient: Optional[Literal["exact", "sampled"]] = None
+    """eq. (8) or eqs. (1)-(5); default: exact where it is defined (ipd with tables)"""
+    estimator: Literal["last", "code"] = "last"
+    """terms of eq. (5): those of the scored batch, or the authors' whole sum"""
+    baseline: Literal["aligned", "scrambled"] = "aligned"
+    """rows of the regression in eq. (1): right, or as in the authors' code"""
+    chain_length: int = 7
+    """L, updates in a chain"""
+    num_episodes: int = 64
+    """K, episodes in a batch; smaller: noisier updates"""
+    num_chains: Optional[int] = None
+    """C, chains (one persona each) in an outer step, over all processes"""
+    horizon: Optional[int] = None
+    """H, steps in an episode"""
+    gamma: Optional[float] = None
+    """discount, in [0, 1)"""
+    gae_lambda: float = 0.95
+    """lambda of eq. (4)"""
+    inner_lr: Optional[float] = None
+    """first value of eta, the own step sizes in eq. (3), which are learned"""
+    peer_lr: float = 1.0
+    """step size of tabular peers in eq. (3)"""
+    outer_lr: Optional[float] = None
+    """step size of phi_0 and eta for one chain in eq. (7); times sqrt(C)"""
+    critic_lr: Optional[float] = None
+    """step size of the critic for one chain in eq. (7); times sqrt(C)"""
+    ent_coef: Optional[float] = None
+    """weight of the entropy of phi_0 where its own return is not scored"""
+    max_grad_norm: float = 10.0
+    """each chain's gradients (policy, eta, critic) are clipped to this norm"""
+    pcgrad: bool = True
+    """project away conflicts between the chains' gradients, eq. (6)"""
+    recompute: bool = False
+    """keep one chain step in memory instead of L: a third slower, for many chains"""
+    personas: Optional[str] = None
+    """.npz with arrays <class>_<split> of (n, S, A) log-probabilities; default: drawn from persona_seed"""
+    persona_seed: int = 0
+    """seed of the population, the same for all run seeds"""
+    ood: bool = False
+    """hold out the most extreme personas for the test instead of random ones"""
+
+
+def resolve(args):
+    """Fill what was left at None and refuse what cannot be. The method is expressed in the two learning
+    flags."""
+    args.gradient = args.gradient or ("exact" if args.env == "ipd" and args.policy == "table" else "sampled")
+    preset = dict(PAPER[args.env], eval_episodes=args.num_episodes)
+    if args.policy == "table":
+        preset |= TABLE | dict(total_steps=TABLE_STEPS[args.gradient])
+        preset |= dict(outer_lr=0.02 / math.sqrt(24)) if args.gradient == "exact" else {}
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.method == "meta-pg":
+        args.peer_learning = False
+    if args.gradient == "exact" and (args.policy != "table" or args.env != "ipd"):
+        fail(f"--gradient exact needs --policy table and --env ipd, not {args.policy} and {args.env}")
+    if args.gradient == "exact" and args.opponent_model:
+        fail("--opponent-model fits sampled actions; it needs --gradient sampled")
+    if not (args.own_learning or args.peer_learning):
+        fail("--no-own-learning and --no-peer-learning together leave nothing to meta-learn")
+    for name in ("num_chains", "num_episodes", "horizon", "chain_length", "look_ahead", "num_threads",
+                 "save_every", "eval_episodes", "total_steps"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.gamma < 1:
+        fail(f"--gamma must be in [0, 1), not {args.gamma}")
+    if args.num_chains % WORLD:
+        fail(f"--num-chains {args.num_chains} does not divide among {WORLD} processes")
+    return args
+
+
+# ================================================================ 1. Environment
+def make_env(args, num_envs):
+    # The contract (envs/__init__.py); bring your own game by returning an object with these members:
+    #   num_envs, horizon, num_agents, states, actions, device
+    #   reset() -> obs, step(action) -> obs, reward (B, N), terminated, truncated, info
+    #   where obs[i], action[i]: (B,) long, the state's index instead of a one-hot vector
+    #   sample_tasks(n) -> (n, N-1, S, A) logits of the peers; tasks_by_class(split) -> {class: such tasks}
+    try:
+        return envs.make(args.env, num_envs, horizon=args.horizon, device=args.device, index_obs=True,
+                         personas=args.personas, persona_seed=args.persona_seed, ood=args.ood)
+    except ValueError as e:
+        fail(e)
+
+
+# ================================================================ 2. Networks
+# A player is a dict of tensors with the chains in front. {"logits": (C, S, A)} is a table; anything else is
+# the paper's actor: Linear(S -> 64), ReLU, LSTM(64 -> 64), Linear(64 -> A). The critic has the same trunk and
+# one output. As the input is one of S indices, everything before the recurrence is a table of S rows,
+# computed once (gate_table), and a time step is one look-up and one product with W_hh.
+#
+# An outer step differentiates twice through L+1 recurrences of H steps, and autograd would record a dozen
+# nodes for each. So the recurrence is a Function with a hand-written derivative, LSTMScan, and that
+# derivative is a Function too, LSTMScanGrad. Transposing a scan that runs backward in time gives one that
+# runs forward: the recurrence of tangents.
+def make_lstm(states, outputs, hidden=64):
+    """Parameters {name: tensor}; weights (out, in) Xavier-normal, biases 0, gates in the order i, f, g, o."""
+    H = hidden
+    shapes = {"w1": (H, states), "w_ih": (4 * H, H), "w_hh": (4 * H, H), "w2": (outputs, H)}
+    weights = {k: torch.randn(shape) * math.sqrt(2 / sum(shape)) for k, shape in shapes.items()}
+    biases = {"b1": H, "b_ih": 4 * H, "b_hh": 4 * H, "b2": outputs}
+    return weights | {k: torch.zeros(n) for k, n in biases.items()}
+
+
+def gate_table(p):
+    """Input part of the gates for each state, (C, S, 4H), and W_hh, (C, 4H, H). Block g is doubled in both,
+    because tanh(z) = 2 sigmoid(2z) - 1 makes all four gates one call of the sigmoid."""
+    hidden = F.relu(p["w1"].mT + p["b1"][:, None])  # (C, S, H)
+    table = torch.baddbmm((p["b_ih"] + p["b_hh"])[:, None], hidden, p["w_ih"].mT)
+    double = torch.tensor([1, 1, 2, 1], device=table.device).repeat_interleave(hidden.shape[-1])
+    return table * double, p["w_hh"] * double[:, None]
+
+
+def lstm_cell(z, c_prev, gate, c, tanh_c, h):
+    """One step, written into gate (..., 4H) and c, tanh_c, h (..., H): c = f c' + i tanh(g), h = o
+    tanh(c)."""
+    torch.sigmoid(z, out=gate)
+    i, f, g, o = gate.chunk(4, -1)  # tanh(g) = 2 g - 1 from here on
+    torch.mul(f, c_prev, out=c).addcmul_(i, g, value=2).sub_(i)
+    torch.tanh(c, out=tanh_c)
+    torch.mul(o, tanh_c, out=h)
+
+
+class LSTMScan(torch.autograd.Function):
+    """table (C, S, 4H), w (C, 4H, H), rows (C, T, K) = state + S * chain  ->  h, gate, c, tanh_c, each (C, T,
+    K, .)."""
+
+    @staticmethod
+    def forward(ctx, table, w, rows):
+        ctx.set_materialize_grads(False)
+        (C, T, K), H, flat = rows.shape, w.shape[-1], table.flatten(0, 1)
+        gate = table.new_empty(C, T, K, 4 * H)
+        c, tanh_c, h = (table.new_empty(C, T, K, H) for _ in range(3))
+        h_prev = c_prev = table.new_zeros(C, K, H)
+        for t in range(T):
+            z = torch.baddbmm(flat[rows[:, t]], h_prev, w.mT)
+            lstm_cell(z, c_prev, gate[:, t], c[:, t], tanh_c[:, t], h[:, t])
+            h_prev, c_prev = h[:, t], c[:, t]
+        ctx.save_for_backward(w, gate, c, h, tanh_c, rows)
+        ctx.states = table.shape[1]
+        ctx.mark_non_differentiable(tanh_c)  # its derivative is counted in that of c
+        return h, gate, c, tanh_c
+
+    @staticmethod
+    def backward(ctx, dh, dgate, dc, _):
+        w, gate, c, h, tanh_c, rows = ctx.saved_tensors
+        if torch.is_grad_enabled():  # in the inner update: only h was used, and this is differentiated again
+            return *LSTMScanGrad.apply(dh, gate, c, h, w, tanh_c, rows, ctx.states), None
+        dz, *_ = backward_scan(dh, dgate, dc, gate, c, tanh_c, w)
+        return *sum_by_parameter(dz, h, rows, ctx.states), None
+
+
+def backward_scan(dh_in, dgate_in, dc_in, gate, c, tanh_c, w):
+    """Back-propagation through time; *_in: derivatives from outside, (C, T, K, .) or None. Returns those by
+    the pre-activations z and by the gates' values, (C, T, K, 4H), and the total ones by h and c, (C, T, K,
+    H)."""
+    C, T, K, H = c.shape
+    dz, dgate, dhs, dcs = (torch.empty_like(x) for x in (gate, gate, c, c))
+    zero = c.new_zeros(C, K, H)
+    dc = zero.clone()
+    for t in reversed(range(T)):
+        i, f, g, o = gate[:, t].chunk(4, -1)
+        di, df, dg, do = dgate[:, t].chunk(4, -1)
+        dh = dhs[:, t]
+        dh.copy_(zero if dh_in is None else dh_in[:, t])
+        if t + 1 < T:
+            dh.add_(torch.bmm(dz[:, t + 1], w))
+        dc.add_(torch.ops.aten.tanh_backward(dh * o, tanh_c[:, t]))
+        if dc_in is not None:
+            dc.add_(dc_in[:, t])
+        dcs[:, t] = dc
+        torch.mul(dc, g, out=di).mul_(2).sub_(dc)
+        torch.mul(dc, c[:, t - 1] if t else zero, out=df)
+        torch.mul(dc, i, out=dg).mul_(2)
+        torch.mul(dh, tanh_c[:, t], out=do)
+        if dgate_in is not None:
+            dgate[:, t].add_(dgate_in[:, t])
+        torch.ops.aten.sigmoid_backward.grad_input(dgate[:, t], gate[:, t], grad_input=dz[:, t])
+        dc.mul_(f)
+    return dz, dgate, dhs, dcs
+
+
+def sum_by_parameter(dz, h, rows, states):
+    """Sum dz (C, T, K, 4H) over the time steps that used the same parameter: table (C, S, 4H), w (C, 4H,
+    H)."""
+    onehot = F.one_hot((rows % states).flatten(1), states).to(dz.dtype)  # (C, TK, S)
+    dw = torch.bmm(dz[:, 1:].flatten(1, 2).mT, h[:, :-1].flatten(1, 2))
+    return torch.bmm(onehot.mT, dz.flatten(1, 2)), dw
+
+
+class LSTMScanGrad(torch.autograd.Function):
+    """The derivative as a function of its own: dh, gate, c, h, w -> dtable, dw."""
+
+    @staticmethod
+    def forward(ctx, dh_in, gate, c, h, w, tanh_c, rows, states):
+        dz, dgate, dh, dc = backward_scan(dh_in, None, None, gate, c, tanh_c, w)
+        ctx.save_for_backward(gate, c, h, w, tanh_c, rows, dz, dgate, dh, dc)
+        return sum_by_parameter(dz, h, rows, states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, u_table, u_w):
+        # Read u_table and u_w as directions in parameter space. Then u, e, c_dot, h_dot are the tangents of
+        # z, gates, c, h along them, and every product in backward_scan leaves one term for each of its two
+        # factors.
+        gate, c, h, w, tanh_c, rows, dz, dgate, dh, dc = ctx.saved_tensors
+        C, T, K, H = c.shape
+        u_flat, w_both = u_table.flatten(0, 1), torch.cat([w, u_w], -1).mT  # (CS, 4H), (C, 2H, 4H)
+        out_dh, out_gate, out_c, out_h = (torch.empty_like(x) for x in (c, gate, c, h))
+        both, zero = c.new_zeros(C, K, 2 * H), c.new_zeros(C, K, H)
+        h_dot, h_prev = both.chunk(2, -1)
+        c_dot = zero.clone()
+        for t in range(T):
+            (i, f, g, o), (oi, of, og, oo) = gate[:, t].chunk(4, -1), out_gate[:, t].chunk(4, -1)
+            c_prev, dct, dht, tct = c[:, t - 1] if t else zero, dc[:, t], dh[:, t], tanh_c[:, t]
+            u = torch.baddbmm(u_flat[rows[:, t]], both, w_both)
+            e = torch.ops.aten.sigmoid_backward(u, gate[:, t])
+            ei, ef, eg, eo = e.chunk(4, -1)
+            u.mul_(dgate[:, t])
+            torch.addcmul(u, u, gate[:, t], value=-2, out=out_gate[:, t])  # the slope's slope, 1 - 2 gate
+            oi.addcmul_(eg, dct, value=2)
+            of.addcmul_(c_dot, dct)
+            og.addcmul_(ei, dct, value=2)
+            c_dot.mul_(f).addcmul_(ei, g, value=2).sub_(ei).addcmul_(ef, c_prev).addcmul_(eg, i, value=2)
+            tanh_dot = torch.ops.aten.tanh_backward(c_dot, tct)
+            oo.addcmul_(tanh_dot, dht)
+            if t:
+                out_c[:, t - 1].addcmul_(ef, dct)
+            by_tanh = torch.sub(eo, torch.mul(c_dot, o).mul_(tct), alpha=2).mul_(dht)
+            out_c[:, t] = torch.ops.aten.tanh_backward(by_tanh, tct)
+            torch.mul(o, tanh_dot, out=h_dot).addcmul_(eo, tct)
+            out_dh[:, t] = h_dot
+            h_prev.copy_(h[:, t])
+        later = dz[:, 1:].flatten(1, 2)
+        out_w = torch.bmm(later.mT, out_dh[:, :-1].flatten(1, 2))
+        out_h[:, :-1] = torch.bmm(later, u_w).unflatten(1, (T - 1, K))
+        out_h[:, -1] = 0
+        return out_dh, out_gate, out_c, out_h, out_w, None, None, None
+
+
+def lstm_outputs(p, state):
+    """The whole network on (C, T, K) states -> (C, T, K, outputs), twice differentiable."""
+    table, w = gate_table(p)
+    chain = torch.arange(len(state), device=state.device).view(-1, 1, 1)
+    h, *_ = LSTMScan.apply(table, w, state + table.shape[1] * chain)
+    return torch.baddbmm(p["b2"][:, None], h.flatten(1, 2), p["w2"].mT).unflatten(1, state.shape[1:])
+
+
+def look_up(table, state):
+    """(C, S, X) rows at (C, T, K) states -> (C, T, K, X)."""
+    index = state.flatten(1)[..., None].expand(-1, -1, table.shape[-1])
+    return table.gather(1, index).unflatten(1, state.shape[1:])
+
+
+def log_policy(p, state):
+    """log pi(.|s) at (C, T, K) states -> (C, T, K, A)."""
+    if "logits" in p:
+        return look_up(p["logits"].log_softmax(-1), state)
+    return lstm_outputs(p, state).log_softmax(-1)  # [D4]
+
+
+def critic_value(psi, state):
+    """v(s_t) at (C, T, K) states, each episode read from its start -> (C, T, K)."""
+    return (look_up(psi["values"], state) if "values" in psi else lstm_outputs(psi, state))[..., 0]
+
+
+# ================================================================ 3. Rollout
+# All C chains and K episodes are played as one batch of B = C K games. Nobody learns during a batch, so no
+# graph is recorded here: log-probabilities are recomputed from (state, action) where they are differentiated
+# (section 5).
+class Batch(NamedTuple):
+    state: torch.Tensor  # (C, H, K) what all agents saw
+    action: torch.Tensor  # (C, H, K, N)
+    reward: torch.Tensor  # (C, H, K, N)
+
+
+def player(p):
+    """A function from (C, K) states to (C, K, A) probabilities, which carries the LSTM's memory from call to
+    call."""
+    if "logits" in p:
+        table = p["logits"].softmax(-1)
+        chain = torch.arange(len(table), device=table.device)[:, None]
+        return lambda state: table[chain, state]
+    table, w = gate_table(p)
+    chain, memory, H = torch.arange(len(table), device=table.device)[:, None], [], w.shape[-1]
+
+    def step(state):
+        if not memory:
+            memory.extend(table.new_zeros(*state.shape, n) for n in (H, H, H, 4 * H))
+        h, c, tanh_c, gate = memory
+        lstm_cell(torch.baddbmm(table[chain, state], h, w.mT), c, gate, c, tanh_c, h)
+        return torch.baddbmm(p["b2"][:, None], h, p["w2"].mT).softmax(-1)
+
+    return step
+
+
+@torch.no_grad()
+def rollout(env, players, num_episodes, chains=None):
+    """Play one batch: `players` are N parameter dicts, agent 0 first. `chains`: (first, total) of this
+    process."""
+    C, K, N, A = env.num_envs // num_episodes, num_episodes, env.num_agents, env.actions
+    first, total = chains or (0, C)
+    # Every process draws the numbers of all chains and keeps its own, so that a chain does not depend on who
+    # runs it.
+    u = torch.rand(env.horizon, total, K, N, device=env.device)[:, first : first + C]
+    obs, act, steps = env.reset(), [player(p) for p in players], []
+    for t in range(env.horizon):
+        state = [o.view(C, K) for o in obs]
+        cdf = [act[a](state[a]).cumsum(-1) for a in range(N)]
+        action = [(u[t, ..., a, None] > cdf[a][..., : A - 1]).sum(-1) for a in range(N)]  # inverse transform
+        obs, reward, _, _, _ = env.step([a.flatten() for a in action])
+        steps.append((state[0], torch.stack(action, -1), reward.view(C, K, N)))
+    return Batch(*(torch.stack(x, 1) for x in zip(*steps)))
+
+
+# ================================================================ 4. Objectives
+# Pure functions of tensors. Time is dimension -2 and the episode dimension -1 in (..., H, K).
+def returns_to_go(reward, gamma):
+    """R_t = sum_{u >= t} gamma^(u-t) r_u over dimension -2."""
+    out, acc = torch.empty_like(reward), torch.zeros_like(reward[..., 0, :])
+    for t in reversed(range(reward.shape[-2])):
+        acc = reward[..., t, :] + gamma * acc
+        out[..., t, :] = acc
+    return out
+
+
+def gae(reward, value, gamma, gae_lambda):
+    """eq. (4): A_t = sum_u (gamma lambda)^u delta_{t+u}, delta_t = r_t + gamma v_{t+1} - v_t, and v_H = 0."""
+    assert reward.shape == value.shape
+    next_value = torch.cat([value[..., 1:, :], torch.zeros_like(value[..., :1, :])], -2)
+    return returns_to_go(reward + gamma * next_value - value, gamma * gae_lambda)
+
+
+def linear_baseline(state, reward, num_states, gamma, scrambled=False, ridge=1e-5):
+    """eq. (1): ridge regression of the return-to-go on [s, s^2, t, t^2, t^3, 1], t in hundreds of steps,
+    fitted for each chain and agent. state (C, H, K), reward (C, N, H, K) -> (C, N, H, K), a constant for
+    autograd."""
+    C, N, H, K = reward.shape
+    t = torch.arange(H, device=state.device, dtype=torch.float64)[:, None].expand(H, K) / 100
+    time = torch.stack([t, t**2, t**3, torch.ones_like(t)], -1).expand(C, H, K, 4)
+    onehot = F.one_hot(state, num_states).double() * math.sqrt(2)  # [D1] s and s^2 at once
+    x = torch.cat([onehot, time], -1).flatten(1, 2)  # (C, HK, S+4)
+    target = returns_to_go(reward.double(), gamma)
+    if scrambled:
+        target = target.mT  # [D1] batch-major targets against time-major rows
+    target = target.reshape(C, N, H * K).mT  # (C, HK, N)
+    gram = x.mT @ x + ridge * torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
+    w = torch.linalg.solve(gram, x.mT @ target)
+    return (x @ w).mT.reshape(C, N, H, K).to(reward.dtype).detach()
+
+
+def box(z):
+    """DiCE's magic box: value 1, derivative that of z."""
+    return torch.exp(z - z.detach())
+
+
+def dice_objective(nodes, reward, baseline, gamma):
+    """eq. (2), for each chain and agent: all (C, N, H, K) -> (C, N). `nodes` are the log-probabilities
+    through which the samples depend on parameters: the own ones, or those of all agents, which lets our
+    policy shape their step."""
+    assert nodes.shape == reward.shape == baseline.shape
+    discount = gamma ** torch.arange(nodes.shape[-2], device=nodes.device, dtype=nodes.dtype)[:, None]
+    objective = box(nodes.cumsum(-2)) * reward + (1 - box(nodes)) * baseline
+    return (discount * objective).sum(-2).mean(-1)
+
+
+def outer_loss(logprobs, advantages, own_learning=True, peer_learning=True, estimator="last"):
+    """eq. (5), the sum over the scored l: logprobs[l] (C, N, H, K), advantages[l] (C, H, K) or None ->
+    (C,)."""
+    loss = earlier = 0.0
+    for l, (logprob, adv) in enumerate(zip(logprobs, advantages)):
+        if l == 0:
+            score = logprob[:, 0]  # the current policy
+        else:
+            own = logprob[:, 0] if own_learning else 0.0  # own learning: phi^i_l depends on phi^i_0
+            peer = logprob[:, 1:].sum(1) if peer_learning else 0.0  # peer learning: so does phi^-i_l
+            score = earlier + own + peer
+        if estimator == "code":  # [D2] the terms of all batches so far
+            earlier = score
+        if adv is not None:
+            assert adv.shape == logprob[:, 0].shape
+            loss = loss - (adv * score).sum(-2).mean(-1)
+    return loss
+
+
+def exact_value(x, y, reward_table, gamma, horizon):
+    """eq. (8): V of both players, sum_{t<H} gamma^t d_t R, where d_{t+1} = d_t P is the distribution of joint
+    actions. x, y (C, S, A) logits of player 0 and 1, reward_table (S, 2) -> value (C, 2), discounted visits
+    (C, S-1)."""
+    joint = (x.softmax(-1)[..., :, None] * y.softmax(-1)[..., None, :]).flatten(2)  # (C, S, AA): next state
+    start, P = joint[:, :1], joint[:, 1:] * gamma
+    # sum_{t<n} P^t by doubling, reading H from its highest bit: S_2n = S_n + P^n S_n and S_{n+1} = I + P S_n
+    eye = torch.eye(P.shape[-1], device=P.device, dtype=P.dtype).expand_as(P)
+    total, power = eye, P
+    for bit in bin(horizon)[3:]:
+        total, power = total + power @ total, power @ power
+        if bit == "1":
+            total, power = eye + P @ total, power @ P
+    visits = (start @ total)[:, 0]
+    return visits @ reward_table[1:].to(visits.dtype), visits
+
+
+# ================================================================ 5. Update
+# A chain is L steps of inner_update. create_graph keeps every step differentiable, so that one backward pass
+# walks the whole chain: eq. (5) sees phi_l as a function of phi_0. Each chain has copies of phi_0 and eta of
+# its own; hence the gradient of the sum over chains comes out chain by chain, as clipping and PCGrad need it.
+def log_probs(players, batch):
+    """log pi^a of the actions that were taken, (C, N, H, K)."""
+    taken = batch.action[..., None].unbind(3)  # N times (C, H, K, 1)
+    return torch.stack([log_policy(p, batch.state).gather(-1, a)[..., 0] for p, a in zip(players, taken)], 1)
+
+
+def inner_update(players, batch, lrs, args, num_states, shaping, create_graph):
+    """eqs. (1)-(3): one policy-gradient step of every agent on the same batch. Returns log_probs and the new
+    players. With `shaping`, all agents' log-probabilities are nodes: that changes derivatives by phi_0, never
+    the step."""
+    logprob, reward = log_probs(players, batch), batch.reward.movedim(-1, 1)  # (C, N, H, K)
+    baseline = linear_baseline(batch.state, reward, num_states, args.gamma, args.baseline == "scrambled")
+    nodes = logprob.sum(1, keepdim=True).expand_as(logprob) if shaping else logprob
+    return logprob, ascend(players, dice_objective(nodes, reward, baseline, args.gamma), lrs, create_graph)
+
+
+def ascend(players, objective, lrs, create_graph):
+    """eq. (3): phi^a + lr^a dO^a/dphi^a for objective (C, N): each agent follows its own column and no other.
+    lrs[a]: (C,), a number, or None for an agent that stands still."""
+    new = []
+    for a, (p, lr) in enumerate(zip(players, lrs)):
+        if lr is not None:
+            g = torch.autograd.grad(objective[:, a].sum(), [*p.values()], retain_graph=True,
+                                    create_graph=create_graph)
+            step = [x * (lr.view(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(lr) else lr) for x in g]
+            p = {name: value + d for (name, value), d in zip(p.items(), step)}
+        new.append(p)
+    return new
+
+
+def fit_opponent(model, batch, agent, steps=50, lr=20.0):
+    """eq. (9): argmax_y sum_t log pi(a_t|s_t, y) by gradient ascent from `model` {"logits": (C, S, A)}. The
+    new values replace the old ones; the derivative by phi_0 that the model carries from its last step
+    stays."""
+    C, S, A = model["logits"].shape
+    index = (batch.state * A + batch.action[..., agent]).flatten(1)
+    counts = torch.zeros(C, S * A, device=index.device).scatter_add_(1, index, torch.ones_like(index).float())
+    share = counts.view(C, S, A) / index.shape[1]  # how often each state and action was seen
+    y = model["logits"].detach().clone()
+    for _ in range(steps):
+        y += lr * (share - share.sum(-1, keepdim=True) * y.softmax(-1))  # gradient of the mean log-likelihood
+    return {"logits": model["logits"] + (y - model["logits"]).detach()}
+
+
+def leaves(p, *copies):
+    """Constants to differentiate by: {name: (*copies, ...)}."""
+    return {k: v.expand(*copies, *v.shape).detach().clone().requires_grad_() for k, v in p.items()}
+
+
+def peers_of(tasks):
+    """(C, N-1, S, A) logits -> N-1 players."""
+    return [leaves({"logits": logits}) for logits in tasks.unbind(1)]
+
+
+def training_plan(args):
+    """Length of the chain in training, which l are scored, and whether agent i moves along it."""
+    if args.method == "reinforce":  # [D6] the return of phi_0
+        return 0, [0], False
+    if args.method == "lola-dice":  # [D6] the return after steps of the peers alone
+        return args.look_ahead, [args.look_ahead], False
+    return args.chain_length, list(range(1, args.chain_length + 1)), True
+
+
+def sampled_chain(env, theta, eta, psi, tasks, args, chains):
+    """eqs. (1)-(5) for each row of `tasks`. Returns the losses of actor and critic, (C,) each, and the L+1
+    batches."""
+    length, scored, moves = training_plan(args)
+    players, batches, logprobs = [theta, *peers_of(tasks)], [], []
+    model = [{k: torch.randn_like(v, requires_grad=True) for k, v in p.items()} for p in players[1:]]
+    model = model if args.opponent_model else []
+    for l in range(length + 1):
+        batches.append(rollout(env, players, args.num_episodes, chains))
+        model = [fit_opponent(m, batches[l], 1 + j) for j, m in enumerate(model)]
+        seen = [players[0], *model] if model else players  # OM: only the peers' actions are known
+        if l == length:
+            logprobs.append(log_probs(seen, batches[l]))
+            break
+        lrs = [eta[:, l] if moves else None] + [args.peer_lr] * (env.num_agents - 1)
+        step = (seen, batches[l], lrs, args, env.states, args.peer_learning, True)
+        if args.recompute:
+            logprob, new = checkpoint(inner_update, *step, use_reentrant=False)
+        else:
+            logprob, new = inner_update(*step)
+        logprobs.append(logprob)
+        if model:
+            model = new[1:]
+            lrs[0] = None
+            new[1:] = inner_update(players, batches[l], lrs, args, env.states, False, False)[1][1:]
+        players = new if args.peer_learning and not model else [new[0], *map(leaves, new[1:])]
+
+    critic_loss, advantages = 0.0, [None] * (length + 1)
+    for l in scored:  # one critic for all l; batch by batch, because a step of 64 episodes fits the cache
+        reward, value = batches[l].reward[..., 0], critic_value(psi, batches[l].state)
+        critic_loss = critic_loss + ((value - returns_to_go(reward, args.gamma)) ** 2).mean((-2, -1))
+        advantages[l] = gae(reward, value.detach(), args.gamma, args.gae_lambda)
+    loss = outer_loss(logprobs, advantages, args.own_learning, args.peer_learning, args.estimator)
+    if args.ent_coef and 0 not in scored:
+        log_pi = log_policy(theta, batches[0].state)
+        loss = loss + args.ent_coef * (log_pi.exp() * log_pi).sum((1, 3)).mean(-1)
+    return loss / (length + 1), critic_loss / (length + 1), batches
+
+
+def exact_chain(theta, eta, tasks, reward_table, args, training=True):
+    """The same with expected updates: tables, eqs. (3) and (8), nothing sampled. Returns the loss (C,), or 0
+    when not training, and the joint policies [(x_l, y_l)] for l = 0..L."""
+    length, scored, moves = training_plan(args) if training else (args.chain_length, [], True)
+    players, policies, loss = [theta, *peers_of(tasks)], [], 0.0
+    for l in range(length + 1):
+        x, y = (p["logits"] for p in players)
+        policies.append((x, y))
+        value = exact_value(x, y, reward_table, args.gamma, args.horizon)[0]  # (C, 2)
+        if l in scored and not args.own_learning:  # [D6] phi^i_l constant; phi^-i_l still depends on phi^i_0
+            loss = loss - exact_value(x.detach(), y, reward_table, args.gamma, args.horizon)[0][:, 0]
+        elif l in scored:
+            loss = loss - value[:, 0]
+        if l < length:
+            players = ascend(players, value, [eta[:, l] if moves else None, args.peer_lr], training)
+            if not training:
+                players = [leaves(p) for p in players]
+            elif not args.peer_learning:
+                players[1] = leaves(players[1])
+    return loss / (length + 1), policies
+
+
+def clip(grads, max_norm):
+    """(C, P) gradients, each chain scaled down to norm max_norm; and the norms before, (C,)."""
+    norm = grads.norm(dim=1)
+    return grads * (max_norm / (norm + 1e-6)).clamp(max=1)[:, None], norm
+
+
+def pcgrad(grads, order):
+    """eq. (6): each chain's gradient loses its component against any other chain it conflicts with, in random
+    order (Yu et al., arXiv:2001.06782). grads (C, P), order (C, C): a permutation in each row. -> (C, P)."""
+    out = grads
+    for others in order.T:  # its own turn changes nothing: <g, g> >= 0
+        g = grads[others]
+        out = out - ((out * g).sum(1) / ((g * g).sum(1) + 1e-8)).clamp(max=0)[:, None] * g
+    return out
+
+
+class AMSGrad:
+    """eq. (7): Adam with the running maximum of v, and eps = 1e-3 inside the bias correction, as in the
+    authors' code: torch.optim.Adam(amsgrad=True, eps=1e-3) takes steps up to four times larger in the
+    beginning."""
+
+    def __init__(self, size, lr, device):
+        self.lr, self.k = lr, 0
+        self.m, self.v, self.v_max = (torch.zeros(size, device=device) for _ in range(3))
+
+    def step(self, grad):
+        """(P,) gradient of a loss -> (P,) change of the parameters."""
+        self.k += 1
+        self.m = 0.9 * self.m + 0.1 * grad
+        self.v = 0.999 * self.v + 0.001 * grad**2
+        self.v_max = torch.maximum(self.v_max, self.v)
+        rate = self.lr * math.sqrt(1 - 0.999**self.k) / (1 - 0.9**self.k)
+        return -rate * self.m / (self.v_max.sqrt() + 1e-3)
+
+    def state_dict(self):
+        return dict(k=self.k, m=self.m, v=self.v, v_max=self.v_max)
+
+    def load_state_dict(self, state):
+        self.__dict__.update({k: v.to(self.m.device) if torch.is_tensor(v) else v for k, v in state.items()})
+
+
+def outer_update(env, params, optimizers, args):
+    """One outer iteration, the algorithm box; params {"theta", "eta", "psi": {name: tensor}} change in place.
+    Returns {tag: value} and the mean reward per step of each agent along the chain, (L+1, N)."""
+    C, first = args.num_chains // WORLD, RANK * args.num_chains // WORLD
+    tasks = env.sample_tasks(args.num_chains)[first : first + C]
+    order = torch.rand(args.num_chains, args.num_chains, device=env.device).argsort(1)
+    theta, psi, eta = leaves(params["theta"], C), leaves(params["psi"], C), leaves(params["eta"], C)["eta"]
+    if args.gradient == "exact":
+        loss, policies = exact_chain(theta, eta, tasks, env.reward_table, args)
+        reward = [exact_value(*xy, env.reward_table, 1.0, args.horizon)[0] / args.horizon for xy in policies]
+        critic_loss = torch.zeros_like(loss)
+    else:
+        chains = (first, args.num_chains)
+        loss, critic_loss, batches = sampled_chain(env, theta, eta, psi, tasks, args, chains)
+        reward = [batch.reward.mean((1, 2)) for batch in batches]
+
+    moves, logs = training_plan(args)[2], {}
+    grads = torch.autograd.grad(loss.sum(), [*theta.values(), *([eta] if moves else [])])  # one pass for both
+    grads = {"theta": grads[: len(theta)], "eta": grads[len(theta) :]}
+    if args.gradient == "sampled":
+        grads["psi"] = torch.autograd.grad(critic_loss.sum(), [*psi.values()])
+    for group, g in grads.items():
+        if g:
+            g, norm = clip(gather(torch.cat([x.flatten(1) for x in g], 1)), args.max_grad_norm)  # (all C, P)
+            change = optimizers[group].step((pcgrad(g, order) if args.pcgrad else g).mean(0))
+            sizes = [p.numel() for p in params[group].values()]
+            for p, d in zip(params[group].values(), change.split(sizes)):
+                p += d.view_as(p)
+            logs["grad/norm_" + {"theta": "outer", "eta": "eta", "psi": "critic"}[group]] = norm.mean()
+    columns = torch.cat([loss[:, None], critic_loss[:, None], torch.stack(reward, 1).flatten(1)], 1)
+    mean = gather(columns.detach()).mean(0)
+    return logs | {"losses/actor": mean[0], "losses/critic": mean[1]}, mean[2:].view(-1, env.num_agents)
+
+
+# ================================================================ 6. Evaluation
+# Meta-test: one chain for each held-out persona, every agent learning from its own samples alone, without
+# derivatives through learning. Own games and own random stream: how often one evaluates does not change what
+# is learned.
+def adapt(env, params, tasks, args):
+    """Rewards per step (n, L+1, N) and action frequencies (n, L+1, N, A) along the chain of each of n
+    tasks."""
+    n, L, A = len(tasks), args.chain_length, env.actions
+    theta, eta, rewards, freqs = leaves(params["theta"], n), params["eta"]["eta"].expand(n, L), [], []
+    if args.gradient == "exact":
+        for x, y in exact_chain(theta, eta, tasks, env.reward_table, args, training=False)[1]:
+            value, visits = exact_value(x, y, env.reward_table, 1.0, args.horizon)
+            rewards.append(value.detach() / args.horizon)
+            joint = visits.detach().view(n, A, A) / args.horizon
+            freqs.append(torch.stack([joint.sum(2), joint.sum(1)], 1))
+        return torch.stack(rewards, 1), torch.stack(freqs, 1)
+    players, lrs = [theta, *peers_of(tasks)], [args.peer_lr] * (env.num_agents - 1)
+    for l in range(L + 1):
+        batch = rollout(env, players, args.eval_episodes)
+        rewards.append(batch.reward.mean((1, 2)))
+        freqs.append(F.one_hot(batch.action, A).float().mean((1, 2)))
+        if l < L:
+            players = inner_update(players, batch, [eta[:, l], *lrs], args, env.states, False, False)[1]
+            players = [leaves(p) for p in players]
+    return torch.stack(rewards, 1), torch.stack(freqs, 1)
+
+
+def evaluate(args, params, split):
+    """{persona class: (rewards (n, L+1, N), action frequencies (n, L+1, N, A))} on "val" or "test"."""
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed + 10_000)
+        classes = make_env(args, 1).tasks_by_class(split)
+        return {name: adapt(make_env(args, len(tasks) * args.eval_episodes), params, tasks, args)
+                for name, tasks in classes.items()}
+
+
+def summary(results):
+    """{tag: value} of an evaluation: all personas together, and each class with its 95 % interval over
+    personas."""
+    every = torch.cat([reward[..., 0] for reward, _ in results.values()])  # (n, L+1)
+    flat = {f"eval/return_{l}": v for l, v in enumerate(every.mean(0).tolist())}
+    flat["eval/sum_after_phi_0"] = every[:, 1:].sum(1).mean().item()
+    for name, (reward, freq) in results.items():
+        flat[f"eval/{name}/sum_after_phi_0"] = reward[:, 1:, 0].sum(1).mean().item()
+        for l in range(reward.shape[1]):
+            flat[f"eval/{name}/return_{l}"] = reward[:, l, 0].mean().item()
+            flat[f"eval/{name}/return_{l}_ci95"] = interval(reward[:, l, 0]).item()
+            for who, agent in enumerate(("self", "peer")):
+                for a, p in enumerate(freq[:, l, who].mean(0).tolist()):
+                    flat[f"eval/{name}/{agent}_action_{a}_{l}"] = p
+    return flat
+
+
+def interval(x):
+    """Half width of the 95 % interval of the mean over dimension 0."""
+    return 1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))
+
+
+def table(results, args):
+    """The adaptation table: reward per step of agent i after 0..L updates, and how often both sides play
+    what."""
+    actions = ["D", "C"] if args.env == "ipd" else ["rock", "paper", "scissors"]
+    row = lambda name, values, form: f"{name:22s}" + "".join(f"{format(v, form):9s}" for v in values)
+    lines = [f"{args.env}: reward per step of agent i against held-out personas, ± 95 % interval; actions"]
+    lines.append(row("", [f"phi_{l}" for l in range(args.chain_length + 1)], "s") + "sum from phi_1")
+    for name, (reward, freq) in results.items():
+        mean = reward[..., 0].mean(0).tolist()
+        lines.append(row(f"{name} peer", mean, "+.3f") + f"{sum(mean[1:]):+.2f}")
+        lines.append(row("  ±", interval(reward[..., 0]).tolist(), ".3f"))
+        for a, label in list(enumerate(actions))[1 if len(actions) == 2 else 0 :]:  # P(D) = 1 - P(C)
+            for who, agent in enumerate(("self", "peer")):
+                lines.append(row(f"  P({label}) {agent}", freq[:, :, who, a].mean(0).tolist(), ".2f"))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ================================================================ 7. Logging and checkpoints
+# The same text in all six scripts. A run folder holds args.json, metrics.csv, TensorBoard events,
+# checkpoint.pt and eval.json. Under torchrun every process computes and only the first one (RANK 0) writes.
+SCRIPT = Path(__file__).stem
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def fail(message, code=2):
+    """One line on stderr, then the end. Code 2: bad input; 1: the run itself went wrong."""
+    if RANK == 0:
+        print(f"{SCRIPT}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def cli(args_class, doc):
+    """The command line as Args. --resume and --evaluate start from the arguments stored in the checkpoint."""
+
+    def parse(default=None):
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                return tyro.cli(args_class, description=doc, default=default)
+        except SystemExit as e:
+            if not e.code:  # --help
+                raise
+            fail(re.sub(r"[^\x20-\x7e]|-{5,}", " ", errors.getvalue()))  # tyro's box as one line
+
+    args = parse()
+    if path := args.resume or args.evaluate:
+        stored = load(path)["args"] | {"run_dir": str(Path(path).parent)}
+        try:
+            args = parse(args_class(**stored))
+        except TypeError:
+            fail(f"{path} was written by another version of {SCRIPT}.py")
+    return args
+
+
+def set_up(args):
+    """Seeds, threads and, under torchrun, the process group."""
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    try:
+        torch.zeros(1, device=args.device)
+    except Exception as e:
+        fail(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+
+
+def gather(x):
+    """(n, ...) of each process -> (n * WORLD, ...) of all, in order of rank, the same everywhere."""
+    if WORLD == 1:
+        return x
+    x_cpu = x.detach().cpu().contiguous()
+    parts = [torch.empty_like(x_cpu) for _ in range(WORLD)]
+    torch.distributed.all_gather(parts, x_cpu)
+    return torch.cat(parts).to(x.device)
+
+
+def save(path, state, args):
+    """Write a checkpoint with every random state. A kill or a full disk in mid-write leaves the old one
+    whole."""
+    if RANK:
+        return
+    name, keys, *position = np.random.get_state()
+    rng = {"python": random.getstate(), "numpy": (name, keys.tolist(), *position),
+           "torch": torch.get_rng_state(),
+           "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    temporary = Path(f"{path}.tmp")
+    try:
+        torch.save({**state, "script": SCRIPT, "args": asdict(args), "rng": rng}, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as e:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({str(e).splitlines()[0]}); the checkpoint before it is untouched")
+
+
+def load(path):
+    """A checkpoint of this script as a dict on the CPU; set_rng(state) restores its random states."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
+    except FileNotFoundError:
+        fail(f"{path}: no such checkpoint")
+    except Exception as e:
+        fail(f"{path} is not a readable checkpoint ({type(e).__name__})")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        fail(f"{path} is not a checkpoint of {SCRIPT}.py")
+    return state
+
+
+def set_rng(state):
+    rng = state["rng"]
+    random.setstate((rng["python"][0], tuple(rng["python"][1]), rng["python"][2]))
+    np.random.set_state(rng["numpy"])
+    torch.set_rng_state(rng["torch"])
+    if rng["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(rng["cuda"])
+
+
+class Log:
+    """metrics.csv (step, tag, value), the same scalars in TensorBoard, one progress line, and Ctrl-C as a
+    flag."""
+
+    def __init__(self, args, step=0):
+        self.start, self.first, self.interrupted, self.wandb = time.time(), step, False, None
+        self.dir = Path(args.run_dir or f"runs/{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(number, self.interrupt)
+        if RANK:
+            return
+        file, kept = self.dir / "metrics.csv", []
+        if file.exists() and not args.resume:
+            fail(f"{self.dir} already holds a run; choose another --run-dir, or --resume its checkpoint.pt")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            if file.exists():  # drop what was logged after the checkpoint that we go on from
+                rows = [line.split(",") for line in file.read_text().splitlines()]
+                kept = [r for r in rows if len(r) == 3 and r[0].isdigit() and int(r[0]) <= step]
+            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+            self.file = file.open("w", newline="")
+            self.csv = csv.writer(self.file, lineterminator="\n")
+            self.csv.writerows([["step", "tag", "value"], *kept])
+            self.file.flush()
+        except OSError as e:
+            fail(f"cannot write in {self.dir}: {e.strerror}")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(self.dir), purge_step=step + 1 if args.resume else None)
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project=SCRIPT, name=self.dir.name, config=asdict(args), dir=self.dir)
+        quiet = not sys.stderr.isatty()
+        self.bar = tqdm(total=args.total_steps, initial=step, unit="step", unit_scale=True, disable=quiet)
+
+    def interrupt(self, number, frame):
+        if self.interrupted:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self.interrupted = True
+        if RANK == 0:
+            print(f"\n{SCRIPT}: saving after this iteration; Ctrl-C again to stop at once", file=sys.stderr)
+
+    def stop(self):
+        """Whether a Ctrl-C or SIGTERM has reached any of the processes."""
+        return bool(gather(torch.tensor([float(self.interrupted)])).any())
+
+    def scalars(self, values, step):
+        """Log {tag: number} at `step`. A value that is not finite ends the run before it reaches a
+        checkpoint."""
+        values = {tag: float(v) for tag, v in values.items()}
+        if bad := [tag for tag, v in values.items() if not math.isfinite(v)]:
+            fail(f"{bad[0]} is not finite at step {step}; the last checkpoint in {self.dir} is good", code=1)
+        if RANK:
+            return
+        try:
+            self.csv.writerows([[step, tag, f"{v:.6g}"] for tag, v in values.items()])
+            self.file.flush()
+        except OSError as e:
+            fail(f"cannot write {self.dir}/metrics.csv: {e.strerror}")
+        for tag, v in values.items():
+            self.board.add_scalar(tag, v, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def sps(self, step):
+        """Training transitions per second since the start or the resume."""
+        return (step - self.first) / max(time.time() - self.start, 1e-9)
+
+    def progress(self, step, text, milestone):
+        """One line that moves on a terminal; elsewhere one plain line for each milestone."""
+        if RANK == 0:
+            self.bar.set_description_str(text)
+            self.bar.update(step - self.bar.n)
+            if milestone and self.bar.disable:
+                print(f"step {step:>12,d}  {text}  {self.sps(step):,.0f} steps/s", flush=True)
+
+    def close(self):
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if RANK == 0:
+            self.bar.close(), self.board.close(), self.file.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def write_eval(folder, values, step, seed):
+    """eval.json: the last evaluation as one flat object."""
+    if RANK == 0:
+        try:
+            values = {**values, "global_step": step, "seed": seed}
+            (Path(folder) / "eval.json").write_text(json.dumps(values, indent=1))
+        except OSError as e:
+            fail(f"cannot write {folder}/eval.json: {e.strerror}")
+
+
+# ================================================================ 8. Train
+def build(args, env):
+    """Parameters and optimisers, in the three groups that are clipped and stepped separately."""
+    S, A = env.states, env.actions
+    if args.policy == "table":
+        params = {"theta": {"logits": torch.zeros(S, A)}, "psi": {"values": torch.zeros(S, 1)}}
+    else:
+        params = {"theta": make_lstm(S, A), "psi": make_lstm(S, 1)}
+    params["eta"] = {"eta": torch.full((args.chain_length,), args.inner_lr)}
+    params = {group: {k: v.to(args.device) for k, v in p.items()} for group, p in params.items()}
+    lrs = {"theta": args.outer_lr, "psi": args.critic_lr, "eta": args.outer_lr}
+    size = {group: sum(v.numel() for v in p.values()) for group, p in params.items()}
+    scale = math.sqrt(args.num_chains)  # [D3]
+    return params, {group: AMSGrad(size[group], lrs[group] * scale, args.device) for group in params}
+
+
+def copy_of(params):
+    return {group: {k: v.clone() for k, v in p.items()} for group, p in params.items()}
+
+
+def evaluate_checkpoint(args):
+    """--evaluate: the table of the parameters that were best on validation personas, on the test split."""
+    state, folder = load(args.evaluate), Path(args.evaluate).parent
+    params = {group: {k: v.to(args.device) for k, v in p.items()} for group, p in state["best"].items()}
+    results = evaluate(args, params, "test")
+    print(table(results, args))
+    write_eval(folder, summary(results), state["global_step"], args.seed)
+    if args.capture_video:
+        (folder / "play.txt").write_text(table(results, args) + "\n")
+    return params
+
+
+def restore(args, params, optimizers):
+    """Put a checkpoint's tensors and random states back in place; returns the checkpoint."""
+    state = load(args.resume)
+    try:
+        for group, p in params.items():
+            for k in p:
+                p[k].copy_(state["params"][group][k])
+            optimizers[group].load_state_dict(state["optimizers"][group])
+    except (KeyError, RuntimeError):
+        was = state["args"]
+        fail(f"{args.resume} holds a {was['policy']} for {was['env']} and {was['chain_length']} steps, "
+             f"not a {args.policy} for {args.env} and {args.chain_length}")
+    set_rng(state)
+    return state
+
+
+def train(args):
+    set_up(resolve(args))
+    if args.evaluate:
+        return evaluate_checkpoint(args)
+    episodes = 1 if args.gradient == "exact" else args.num_episodes
+    env = make_env(args, args.num_chains // WORLD * episodes)
+    params, optimizers = build(args, env)
+    state = {"iteration": 0, "global_step": 0, "best": copy_of(params), "best_score": -math.inf}
+    if args.resume:
+        state = restore(args, params, optimizers)
+    iteration, global_step = state["iteration"], state["global_step"]
+    best, best_score = state["best"], state["best_score"]
+    log, stop = Log(args, global_step), False
+
+    while global_step < args.total_steps and not stop:
+        logs, reward = outer_update(env, params, optimizers, args)
+        iteration += 1
+        global_step += len(reward) * args.num_chains * episodes * args.horizon
+        logs |= {f"adapt/return_{l}": v for l, v in enumerate(reward[:, 0])}  # per step, as in the paper
+        logs |= {f"charts/episodic_return/agent_{a}": v for a, v in enumerate(reward.mean(0) * args.horizon)}
+        logs["charts/episodic_return"] = reward[:, 0].mean() * args.horizon
+        logs["charts/SPS"] = log.sps(global_step)
+        stop = log.stop()
+        done = stop or global_step >= args.total_steps
+        validate = done or args.eval_every and iteration % args.eval_every == 0
+        if validate and RANK == 0:  # keep the parameters that adapt best to validation personas
+            logs |= summary(evaluate(args, params, "val"))
+            if logs["eval/sum_after_phi_0"] > best_score:
+                best, best_score = copy_of(params), logs["eval/sum_after_phi_0"]
+        log.scalars(logs, global_step)
+        text = f"reward {reward[0, 0]:+.3f} -> {reward[-1, 0]:+.3f}, best validation sum {best_score:+.2f}"
+        log.progress(global_step, text, validate)
+        if done or iteration % args.save_every == 0:
+            save(log.dir / "checkpoint.pt", dict(
+                params=params, optimizers={group: o.state_dict() for group, o in optimizers.items()},
+                best=best, best_score=best_score, iteration=iteration, global_step=global_step), args)
+    if RANK == 0 and not stop:
+        results = evaluate(args, best, "test")
+        write_eval(log.dir, summary(results), global_step, args.seed)
+        print(f"{table(results, args)}\n{log.dir}: {global_step} steps")
+    log.close()
+    return params
+
+
+if __name__ == "__main__":
+    train(cli(Args, __doc__))
