@@ -38,8 +38,8 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
   Run        python meta_mapg.py --env ipd                    # exact gradient of tables: 10 s on one core
              python meta_mapg.py --env ipd --method meta-pg   # the same without peer learning: 10 s
              python meta_mapg.py --env rps                    # sampled gradient, tables: 1 min on one core
-             python meta_mapg.py --env ipd --policy lstm --outer-lr 3e-4 --critic-lr 5e-4   # paper's nets, >= 1 h
-             python meta_mapg.py --env rps --policy lstm --outer-lr 3e-4 --critic-lr 5e-4   # paper's nets, >= 1 h
+             python meta_mapg.py --env ipd --policy lstm --outer-lr 3e-4 --critic-lr 5e-4   # paper's nets
+             python meta_mapg.py --env rps --policy lstm --outer-lr 3e-4 --critic-lr 5e-4   # paper's nets
              torchrun --nproc-per-node 2 meta_mapg.py --env ipd --policy lstm   # chains shared out
              python meta_mapg.py --env ipd --evaluate runs/x/checkpoint.pt     # the table of a finished run
   Expect     ipd: the sum of rewards over phi_1..phi_7 on held-out personas is about 7 against cooperative and
@@ -613,8 +613,7 @@ def sampled_chain(env, theta, eta, psi, tasks, args, chains):
     batches."""
     length, scored, moves = training_plan(args)
     players, batches, logprobs = [theta, *peers_of(tasks)], [], []
-    model = [{k: torch.randn_like(v, requires_grad=True) for k, v in p.items()} for p in players[1:]]
-    model = model if args.opponent_model else []
+    model = peers_of(torch.zeros_like(tasks)) if args.opponent_model else []
     for l in range(length + 1):
         batches.append(rollout(env, players, args.num_episodes, chains))
         model = [fit_opponent(m, batches[l], 1 + j) for j, m in enumerate(model)]
@@ -844,7 +843,7 @@ def cli(args_class, doc):
         except SystemExit as e:
             if not e.code:  # --help
                 raise
-            fail(re.sub(r"[^\x20-\x7e]|-{5,}", " ", errors.getvalue()))  # tyro's box as one line
+            fail(re.sub(r"╭.*|[^ -~]|-{5,}", " ", errors.getvalue()))  # the text in tyro's box, as one line
 
     args = parse()
     if path := args.resume or args.evaluate:
@@ -1078,9 +1077,9 @@ def train(args):
         state = restore(args, params, optimizers)
     iteration, global_step = state["iteration"], state["global_step"]
     best, best_score = state["best"], state["best_score"]
-    log, stop = Log(args, global_step), False
+    log, stop, done = Log(args, global_step), False, global_step >= args.total_steps
 
-    while global_step < args.total_steps and not stop:
+    while not stop and not done:
         logs, reward = outer_update(env, params, optimizers, args)
         iteration += 1
         global_step += len(reward) * args.num_chains * episodes * args.horizon
@@ -1088,8 +1087,7 @@ def train(args):
         logs |= {f"charts/episodic_return/agent_{a}": v for a, v in enumerate(reward.mean(0) * args.horizon)}
         logs["charts/episodic_return"] = reward[:, 0].mean() * args.horizon
         logs["charts/SPS"] = log.sps(global_step)
-        stop = log.stop()
-        done = stop or global_step >= args.total_steps
+        stop, done = log.stop(), global_step >= args.total_steps
         validate = done or args.eval_every and iteration % args.eval_every == 0
         if validate and RANK == 0:  # keep the parameters that adapt best to validation personas
             logs |= summary(evaluate(args, params, "val"))
@@ -1098,11 +1096,11 @@ def train(args):
         log.scalars(logs, global_step)
         text = f"reward {reward[0, 0]:+.3f} -> {reward[-1, 0]:+.3f}, best validation sum {best_score:+.2f}"
         log.progress(global_step, text, validate)
-        if done or iteration % args.save_every == 0:
+        if stop or done or iteration % args.save_every == 0:
             save(log.dir / "checkpoint.pt", dict(
                 params=params, optimizers={group: o.state_dict() for group, o in optimizers.items()},
                 best=best, best_score=best_score, iteration=iteration, global_step=global_step), args)
-    if RANK == 0 and not stop:
+    if RANK == 0 and done:
         results = evaluate(args, best, "test")
         write_eval(log.dir, summary(results), global_step, args.seed)
         print(f"{table(results, args)}\n{log.dir}: {global_step} steps")

@@ -1,0 +1,33 @@
+"""Short runs must learn what the docstrings promise. Thresholds lie well inside what five seeds gave."""
+
+import json
+
+import pytest
+
+import meta_mapg
+
+pytestmark = pytest.mark.slow
+
+
+def final(module, tmp_path, **kw):
+    module.train(module.Args(run_dir=str(tmp_path), **kw))
+    return json.loads((tmp_path / "eval.json").read_text())
+
+
+def test_meta_mapg_makes_both_kinds_of_peers_cooperate(tmp_path):
+    result = final(meta_mapg, tmp_path, env="ipd")
+    assert result["eval/cooperative/sum_after_phi_0"] > 4
+    assert result["eval/defective/sum_after_phi_0"] > 3
+    assert result["eval/defective/peer_action_1_4"] > 0.5  # they have come to cooperate ...
+    assert result["eval/defective/self_action_1_7"] < 0.1  # ... and are exploited in the end
+
+
+def test_without_peer_learning_it_ends_in_mutual_defection(tmp_path):
+    result = final(meta_mapg, tmp_path, env="ipd", peer_learning=False)
+    assert result["eval/cooperative/sum_after_phi_0"] < 1.5
+    assert result["eval/defective/sum_after_phi_0"] < -2
+
+
+def test_sampled_gradient_of_rps_leads_the_peer_on(tmp_path):
+    result = final(meta_mapg, tmp_path, env="rps", total_steps=46_080_000)
+    assert result["eval/return_0"] < 0 < 0.8 < result["eval/sum_after_phi_0"]  # loses first, to win later

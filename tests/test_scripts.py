@@ -1,0 +1,220 @@
+"""What every script promises beyond its maths: runs, logs, checkpoints, resume, evaluation, bad input."""
+
+import csv
+import importlib
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_house_style import ROOT, SCRIPTS
+
+# The smallest run of each script (arguments as Python values), and the steps of one outer iteration in it.
+TINY = {
+    "meta_mapg": dict(env="ipd", policy="lstm", num_chains=2, num_episodes=4, horizon=5, chain_length=2,
+                      num_threads=1, save_every=1),
+}
+ITERATION = {"meta_mapg": 2 * 3 * 4 * 5}
+BAD = {  # command lines that must end in one line and exit code 2
+    "meta_mapg": ["--method nonsense", "--num-chains 0", "--num-chains many", "--chain-length 0", "--gamma 1",
+                  "--gradient exact --policy lstm", "--env rps --gradient exact", "--opponent-model",
+                  "--personas missing.npz", "--no-own-learning --no-peer-learning"],
+}
+EVERYWHERE = ["--env nonsense", "--nonsense 3", "--resume missing.pt", "--resume truncated.pt",
+              "--resume foreign.pt", "--evaluate foreign.pt", "--device nonsense", "--run-dir occupied"]
+each_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
+def flags(**kw):
+    return [x for k, v in kw.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def launch(name, *args, cwd=ROOT, **kw):
+    script = Path(cwd) / f"{name}.py"  # the copy in cwd if there is one
+    command = [sys.executable, str(script if script.exists() else ROOT / f"{name}.py"), *args]
+    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+
+
+def run(name, *args, **kw):
+    process = launch(name, *args, **kw)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def weights(name, folder, iterations=3, without=("rng",), **kw):
+    """All tensors that a run of so many iterations leaves in its checkpoint, but for the entries in `without`."""
+    module = importlib.import_module(name)
+    args = TINY[name] | dict(total_steps=iterations * ITERATION[name], run_dir=str(folder)) | kw
+    module.train(module.Args(**args))
+    return tensors(folder, without)
+
+
+def stored(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def tensors(folder, without=("rng",)):
+    def walk(x):
+        if torch.is_tensor(x):
+            return [x]
+        return [t for v in x.values() for t in walk(v)] if isinstance(x, dict) else []
+
+    return walk({k: v for k, v in stored(folder).items() if k not in without})
+
+
+def same(a, b):
+    return len(a) == len(b) > 0 and all(map(torch.equal, a, b))
+
+
+def rows(folder):
+    with open(Path(folder) / "metrics.csv") as file:
+        return [(int(r["step"]), r["tag"], float(r["value"])) for r in csv.DictReader(file)]
+
+
+@each_script
+def test_same_seed_same_weights_other_seed_others(name, tmp_path):
+    one, two, other = (weights(name, tmp_path / d, seed=s) for d, s in (("a", 1), ("b", 1), ("c", 2)))
+    assert same(one, two) and not same(one, other)
+
+
+@each_script
+def test_evaluation_leaves_training_alone(name, tmp_path):
+    never = weights(name, tmp_path / "never", without=("rng", "best"), eval_every=0)
+    often = weights(name, tmp_path / "often", without=("rng", "best"), eval_every=1)
+    assert same(never, often)
+    assert torch.equal(*(stored(tmp_path / d)["rng"]["torch"] for d in ("never", "often")))
+
+
+@each_script
+def test_resume_is_bit_exact(name, tmp_path):
+    without = ("rng", "best")  # a run that ends also validates, and may so find a better "best"
+    whole = weights(name, tmp_path / "whole", 4, without)
+    weights(name, tmp_path / "half", 2)
+    again = weights(name, tmp_path / "half", 4, without, resume=str(tmp_path / "half/checkpoint.pt"))
+    assert same(whole, again)
+    # the log reads as if nothing had happened: every row once, and the same rows but for the speed
+    logged = lambda d: [r for r in rows(tmp_path / d) if "SPS" not in r[1] and "eval" not in r[1]]
+    assert logged("whole") == logged("half") and len(logged("half")) == len({r[:2] for r in logged("half")})
+
+
+@each_script
+def test_copied_alone_it_runs_and_logs(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
+    args = flags(**TINY[name], total_steps=2 * ITERATION[name], run_dir="r")
+    code, out, err = run(name, *args, cwd=tmp_path)
+    assert code == 0, err
+    assert "Traceback" not in err
+    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {f"{name}.py", "envs", "r"}
+    logged = rows(tmp_path / "r")
+    tags = {tag for _, tag, _ in logged}
+    assert {"charts/episodic_return", "charts/SPS", "charts/episodic_return/agent_0"} <= tags
+    assert max(step for step, _, _ in logged) == 2 * ITERATION[name]
+    args, final = (json.loads((tmp_path / "r" / f).read_text()) for f in ("args.json", "eval.json"))
+    assert args["env"] == TINY[name]["env"] and None not in (args["total_steps"], args["num_threads"])
+    assert final["global_step"] == 2 * ITERATION[name] and final["seed"] == args["seed"]
+    assert {tag for tag in final if tag.startswith("eval/")} <= tags
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "r")).Reload()
+    for tag in tags:
+        events, mine = board.Scalars(tag), [(s, v) for s, t, v in logged if t == tag]
+        assert [e.step for e in events] == [s for s, _ in mine]
+        assert [e.value for e in events] == pytest.approx([v for _, v in mine], rel=1e-4), tag
+
+
+def wait_for(path, process, seconds=120):
+    end = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.time() < end, process.communicate()
+        time.sleep(0.02)
+
+
+@each_script
+def test_kill_9_then_resume_gives_the_same_weights(name, tmp_path):
+    whole, steps = weights(name, tmp_path / "whole", iterations=12), 12 * ITERATION[name]
+    process = launch(name, *flags(**TINY[name], total_steps=steps, run_dir=tmp_path / "killed"))
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    wait_for(checkpoint, process)
+    process.kill()
+    process.wait()
+    assert stored(tmp_path / "killed")["global_step"] < steps
+    code, _, err = run(name, "--resume", str(checkpoint))  # the rest of the arguments is in the checkpoint
+    assert code == 0, err
+    assert same(whole, tensors(tmp_path / "killed"))
+
+
+@each_script
+def test_ctrl_c_saves_first(name, tmp_path):
+    process = launch(name, *flags(**TINY[name], total_steps=10**6 * ITERATION[name], run_dir=tmp_path / "r"))
+    wait_for(tmp_path / "r" / "checkpoint.pt", process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err
+    last = max(step for step, _, _ in rows(tmp_path / "r"))
+    assert stored(tmp_path / "r")["global_step"] == last  # nothing that was logged is lost
+
+
+@each_script
+def test_evaluate_prints_the_same_table_twice(name, tmp_path):
+    weights(name, tmp_path)
+    final = (tmp_path / "eval.json").read_text()
+    (_, one, _), (_, two, _) = (run(name, "--evaluate", str(tmp_path / "checkpoint.pt")) for _ in range(2))
+    assert one == two and len(one.splitlines()) > 2
+    assert (tmp_path / "eval.json").read_text() == final  # that of the training run, to the digit
+
+
+@each_script
+def test_a_non_finite_loss_stops_the_run_and_spares_the_checkpoint(name, tmp_path):
+    weights(name, tmp_path)
+    state = stored(tmp_path)
+    next(iter(state["params"]["theta"].values())).fill_(float("nan"))
+    torch.save(state, tmp_path / "checkpoint.pt")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    code, _, err = run(name, *flags(resume=tmp_path / "checkpoint.pt", total_steps=6 * ITERATION[name]))
+    assert code == 1 and len(err.strip().splitlines()) == 1 and "not finite" in err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+@each_script
+def test_a_full_disk_leaves_the_last_checkpoint(name, tmp_path):
+    weights(name, tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    half = len(before) // 2  # as if the disk were full: no file may grow beyond this
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
+    more = flags(resume=tmp_path / "checkpoint.pt", total_steps=6 * ITERATION[name])
+    code, _, err = run(name, *more, preexec_fn=limit)
+    assert code == 2 and len(err.strip().splitlines()) == 1, err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name, line", [(name, line) for name in SCRIPTS for line in EVERYWHERE + BAD[name]])
+def test_bad_input_is_one_line_and_exit_code_2(name, line, tmp_path):
+    (tmp_path / "truncated.pt").write_bytes(b"PK\x03\x04 not the whole of it")
+    torch.save({"script": "another"}, tmp_path / "foreign.pt")
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "metrics.csv").write_text("precious\n")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    code, out, err = run(name, *line.split(), cwd=tmp_path)
+    assert code == 2 and out == "" and len(err.strip().splitlines()) == 1, err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", [n for n in SCRIPTS if "torchrun" in (ROOT / f"{n}.py").read_text()])
+def test_two_processes_give_the_result_of_one(name, tmp_path):
+    one = weights(name, tmp_path / "one")
+    args = flags(**TINY[name], total_steps=3 * ITERATION[name], run_dir=tmp_path / "two")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, f"{name}.py", *args]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two = tensors(tmp_path / "two")
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(one, two)) and len(one) == len(two)
