@@ -106,8 +106,7 @@ class Args:
     num_threads: Optional[int] = None
     """torch threads of each process; default: what was measured to be fastest"""
     total_steps: Optional[int] = None
-    """transitions to train for, over all worlds, inner-loop ones included; default: the preset of the
-    world"""
+    """training transitions, over all worlds, inner-loop ones included; default: the preset of the world"""
     eval_every: Optional[int] = None
     """evaluate each so many outer iterations; 0: only at the end"""
     eval_episodes: Optional[int] = None
@@ -117,8 +116,7 @@ class Args:
     run_dir: Optional[str] = None
     """where to write; default runs/<env>__<script>__<seed>__<time>"""
     resume: Optional[str] = None
-    """a checkpoint.pt to go on from, bit by bit, in its folder and with its arguments unless others are
-    given"""
+    """a checkpoint.pt to go on from bit by bit, in its folder, with its arguments unless others are given"""
     evaluate: Optional[str] = None
     """a checkpoint.pt to evaluate: prints the table, writes eval.json beside it, exits"""
     capture_video: bool = False
@@ -181,8 +179,7 @@ class Args:
 
 
 def resolve(args):
-    """Fill what was left at None and refuse what cannot be. The method is expressed in the two learning
-    flags."""
+    """Fill what was left at None and refuse what cannot be."""
     args.gradient = args.gradient or ("exact" if args.env == "ipd" and args.policy == "table" else "sampled")
     preset = dict(PAPER[args.env], eval_episodes=args.num_episodes)
     if args.policy == "table":
@@ -253,8 +250,7 @@ def gate_table(p):
 
 
 def lstm_cell(z, c_prev, gate, c, tanh_c, h):
-    """One step, written into gate (..., 4H) and c, tanh_c, h (..., H): c = f c' + i tanh(g), h = o
-    tanh(c)."""
+    """One step, into gate (..., 4H) and c, tanh_c, h (..., H): c = f c' + i tanh(g), h = o tanh(c)."""
     torch.sigmoid(z, out=gate)
     i, f, g, o = gate.chunk(4, -1)  # tanh(g) = 2 g - 1 from here on
     torch.mul(f, c_prev, out=c).addcmul_(i, g, value=2).sub_(i)
@@ -263,8 +259,7 @@ def lstm_cell(z, c_prev, gate, c, tanh_c, h):
 
 
 class LSTMScan(torch.autograd.Function):
-    """table (C, S, 4H), w (C, 4H, H), rows (C, T, K) = state + S * chain  ->  h, gate, c, tanh_c, each (C, T,
-    K, .)."""
+    """table (C, S, 4H), w (C, 4H, H), rows (C, T, K) = state + S chain -> h, gate, c, tanh_c (C, T, K, .)."""
 
     @staticmethod
     def forward(ctx, table, w, rows):
@@ -293,8 +288,7 @@ class LSTMScan(torch.autograd.Function):
 
 def backward_scan(dh_in, dgate_in, dc_in, gate, c, tanh_c, w):
     """Back-propagation through time; *_in: derivatives from outside, (C, T, K, .) or None. Returns those by
-    the pre-activations z and by the gates' values, (C, T, K, 4H), and the total ones by h and c, (C, T, K,
-    H)."""
+    the pre-activations z and the gates, (C, T, K, 4H), and the total ones by h and c, (C, T, K, H)."""
     C, T, K, H = c.shape
     dz, dgate, dhs, dcs = (torch.empty_like(x) for x in (gate, gate, c, c))
     zero = c.new_zeros(C, K, H)
@@ -322,8 +316,7 @@ def backward_scan(dh_in, dgate_in, dc_in, gate, c, tanh_c, w):
 
 
 def sum_by_parameter(dz, h, rows, states):
-    """Sum dz (C, T, K, 4H) over the time steps that used the same parameter: table (C, S, 4H), w (C, 4H,
-    H)."""
+    """Sum dz (C, T, K, 4H) over the steps that used the same parameter: table (C, S, 4H), w (C, 4H, H)."""
     onehot = F.one_hot((rows % states).flatten(1), states).to(dz.dtype)  # (C, TK, S)
     dw = torch.bmm(dz[:, 1:].flatten(1, 2).mT, h[:, :-1].flatten(1, 2))
     return torch.bmm(onehot.mT, dz.flatten(1, 2)), dw
@@ -407,8 +400,7 @@ def critic_value(psi, state):
 
 # ================================================================ 3. Rollout
 # All C chains and K episodes are played as one batch of B = C K games. Nobody learns during a batch, so no
-# graph is recorded here: log-probabilities are recomputed from (state, action) where they are differentiated
-# (section 5).
+# graph is recorded here: section 5 recomputes the log-probabilities from (state, action) to differentiate.
 class Batch(NamedTuple):
     state: torch.Tensor  # (C, H, K) what all agents saw
     action: torch.Tensor  # (C, H, K, N)
@@ -416,8 +408,7 @@ class Batch(NamedTuple):
 
 
 def player(p):
-    """A function from (C, K) states to (C, K, A) probabilities, which carries the LSTM's memory from call to
-    call."""
+    """A function from (C, K) states to (C, K, A) probabilities; it keeps the LSTM's memory between calls."""
     if "logits" in p:
         table = p["logits"].softmax(-1)
         chain = torch.arange(len(table), device=table.device)[:, None]
@@ -437,12 +428,10 @@ def player(p):
 
 @torch.no_grad()
 def rollout(env, players, num_episodes, chains=None):
-    """Play one batch: `players` are N parameter dicts, agent 0 first. `chains`: (first, total) of this
-    process."""
+    """Play one batch with N players, agent 0 first. chains: (first, total) of this process's C chains."""
     C, K, N, A = env.num_envs // num_episodes, num_episodes, env.num_agents, env.actions
     first, total = chains or (0, C)
-    # Every process draws the numbers of all chains and keeps its own, so that a chain does not depend on who
-    # runs it.
+    # Every process draws for all chains and keeps its own part: a chain does not depend on who runs it.
     u = torch.rand(env.horizon, total, K, N, device=env.device)[:, first : first + C]
     obs, act, steps = env.reset(), [player(p) for p in players], []
     for t in range(env.horizon):
@@ -473,9 +462,8 @@ def gae(reward, value, gamma, gae_lambda):
 
 
 def linear_baseline(state, reward, num_states, gamma, scrambled=False, ridge=1e-5):
-    """eq. (1): ridge regression of the return-to-go on [s, s^2, t, t^2, t^3, 1], t in hundreds of steps,
-    fitted for each chain and agent. state (C, H, K), reward (C, N, H, K) -> (C, N, H, K), a constant for
-    autograd."""
+    """eq. (1): ridge regression of the return-to-go on [s, s^2, t, t^2, t^3, 1], t in hundreds of steps, for
+    each chain and agent. state (C, H, K), reward (C, N, H, K) -> (C, N, H, K), a constant for autograd."""
     C, N, H, K = reward.shape
     t = torch.arange(H, device=state.device, dtype=torch.float64)[:, None].expand(H, K) / 100
     time = torch.stack([t, t**2, t**3, torch.ones_like(t)], -1).expand(C, H, K, 4)
@@ -506,8 +494,7 @@ def dice_objective(nodes, reward, baseline, gamma):
 
 
 def outer_loss(logprobs, advantages, own_learning=True, peer_learning=True, estimator="last"):
-    """eq. (5), the sum over the scored l: logprobs[l] (C, N, H, K), advantages[l] (C, H, K) or None ->
-    (C,)."""
+    """eq. (5), summed over scored l: logprobs[l] (C, N, H, K), advantages[l] (C, H, K) or None -> (C,)."""
     loss = earlier = 0.0
     for l, (logprob, adv) in enumerate(zip(logprobs, advantages)):
         if l == 0:
@@ -525,9 +512,8 @@ def outer_loss(logprobs, advantages, own_learning=True, peer_learning=True, esti
 
 
 def exact_value(x, y, reward_table, gamma, horizon):
-    """eq. (8): V of both players, sum_{t<H} gamma^t d_t R, where d_{t+1} = d_t P is the distribution of joint
-    actions. x, y (C, S, A) logits of player 0 and 1, reward_table (S, 2) -> value (C, 2), discounted visits
-    (C, S-1)."""
+    """eq. (8): V = sum_{t<H} gamma^t d_t R, where d_{t+1} = d_t P is the distribution of joint actions.
+    x, y (C, S, A) logits of player 0 and 1, reward_table (S, 2) -> V (C, 2), discounted visits (C, S-1)."""
     joint = (x.softmax(-1)[..., :, None] * y.softmax(-1)[..., None, :]).flatten(2)  # (C, S, AA): next state
     start, P = joint[:, :1], joint[:, 1:] * gamma
     # sum_{t<n} P^t by doubling, reading H from its highest bit: S_2n = S_n + P^n S_n and S_{n+1} = I + P S_n
@@ -552,9 +538,8 @@ def log_probs(players, batch):
 
 
 def inner_update(players, batch, lrs, args, num_states, shaping, create_graph):
-    """eqs. (1)-(3): one policy-gradient step of every agent on the same batch. Returns log_probs and the new
-    players. With `shaping`, all agents' log-probabilities are nodes: that changes derivatives by phi_0, never
-    the step."""
+    """eqs. (1)-(3): one policy-gradient step of every agent on one batch. Returns log_probs and new players.
+    With `shaping` all agents' log-probabilities are nodes: this changes derivatives, not the step."""
     logprob, reward = log_probs(players, batch), batch.reward.movedim(-1, 1)  # (C, N, H, K)
     baseline = linear_baseline(batch.state, reward, num_states, args.gamma, args.baseline == "scrambled")
     nodes = logprob.sum(1, keepdim=True).expand_as(logprob) if shaping else logprob
@@ -577,8 +562,7 @@ def ascend(players, objective, lrs, create_graph):
 
 def fit_opponent(model, batch, agent, steps=50, lr=20.0):
     """eq. (9): argmax_y sum_t log pi(a_t|s_t, y) by gradient ascent from `model` {"logits": (C, S, A)}. The
-    new values replace the old ones; the derivative by phi_0 that the model carries from its last step
-    stays."""
+    new values replace the old; the derivative by phi_0 that the model carries from its last step stays."""
     C, S, A = model["logits"].shape
     index = (batch.state * A + batch.action[..., agent]).flatten(1)
     counts = torch.zeros(C, S * A, device=index.device).scatter_add_(1, index, torch.ones_like(index).float())
@@ -609,8 +593,7 @@ def training_plan(args):
 
 
 def sampled_chain(env, theta, eta, psi, tasks, args, chains):
-    """eqs. (1)-(5) for each row of `tasks`. Returns the losses of actor and critic, (C,) each, and the L+1
-    batches."""
+    """eqs. (1)-(5) for each row of `tasks`. Returns the losses (C,) of actor and critic, and L+1 batches."""
     length, scored, moves = training_plan(args)
     players, batches, logprobs = [theta, *peers_of(tasks)], [], []
     model = peers_of(torch.zeros_like(tasks)) if args.opponent_model else []
@@ -686,8 +669,7 @@ def pcgrad(grads, order):
 
 class AMSGrad:
     """eq. (7): Adam with the running maximum of v, and eps = 1e-3 inside the bias correction, as in the
-    authors' code: torch.optim.Adam(amsgrad=True, eps=1e-3) takes steps up to four times larger in the
-    beginning."""
+    authors' code: torch.optim.Adam(amsgrad=True, eps=1e-3) begins with steps up to four times larger."""
 
     def __init__(self, size, lr, device):
         self.lr, self.k = lr, 0
@@ -748,8 +730,7 @@ def outer_update(env, params, optimizers, args):
 # derivatives through learning. Own games and own random stream: how often one evaluates does not change what
 # is learned.
 def adapt(env, params, tasks, args):
-    """Rewards per step (n, L+1, N) and action frequencies (n, L+1, N, A) along the chain of each of n
-    tasks."""
+    """Rewards per step (n, L+1, N) and action frequencies (n, L+1, N, A) along the chains of n tasks."""
     n, L, A = len(tasks), args.chain_length, env.actions
     theta, eta, rewards, freqs = leaves(params["theta"], n), params["eta"]["eta"].expand(n, L), [], []
     if args.gradient == "exact":
@@ -780,8 +761,7 @@ def evaluate(args, params, split):
 
 
 def summary(results):
-    """{tag: value} of an evaluation: all personas together, and each class with its 95 % interval over
-    personas."""
+    """{tag: value} of an evaluation: all personas, and each class with its 95 % interval over personas."""
     every = torch.cat([reward[..., 0] for reward, _ in results.values()])  # (n, L+1)
     flat = {f"eval/return_{l}": v for l, v in enumerate(every.mean(0).tolist())}
     flat["eval/sum_after_phi_0"] = every[:, 1:].sum(1).mean().item()
@@ -802,8 +782,7 @@ def interval(x):
 
 
 def table(results, args):
-    """The adaptation table: reward per step of agent i after 0..L updates, and how often both sides play
-    what."""
+    """The adaptation table: reward per step of agent i after 0..L updates, and what both sides play."""
     actions = ["D", "C"] if args.env == "ipd" else ["rock", "paper", "scissors"]
     row = lambda name, values, form: f"{name:22s}" + "".join(f"{format(v, form):9s}" for v in values)
     lines = [f"{args.env}: reward per step of agent i against held-out personas, ± 95 % interval; actions"]
@@ -880,8 +859,7 @@ def gather(x):
 
 
 def save(path, state, args):
-    """Write a checkpoint with every random state. A kill or a full disk in mid-write leaves the old one
-    whole."""
+    """Write a checkpoint with all random states. A kill or a full disk in mid-write leaves the old one."""
     if RANK:
         return
     name, keys, *position = np.random.get_state()
@@ -920,8 +898,7 @@ def set_rng(state):
 
 
 class Log:
-    """metrics.csv (step, tag, value), the same scalars in TensorBoard, one progress line, and Ctrl-C as a
-    flag."""
+    """metrics.csv (step, tag, value), the same scalars in TensorBoard, a progress line, Ctrl-C as a flag."""
 
     def __init__(self, args, step=0):
         self.start, self.first, self.interrupted, self.wandb = time.time(), step, False, None
@@ -968,8 +945,7 @@ class Log:
         return bool(gather(torch.tensor([float(self.interrupted)])).any())
 
     def scalars(self, values, step):
-        """Log {tag: number} at `step`. A value that is not finite ends the run before it reaches a
-        checkpoint."""
+        """Log {tag: number} at `step`. A value that is not finite ends the run, before any checkpoint."""
         values = {tag: float(v) for tag, v in values.items()}
         if bad := [tag for tag, v in values.items() if not math.isfinite(v)]:
             fail(f"{bad[0]} is not finite at step {step}; the last checkpoint in {self.dir} is good", code=1)
@@ -1026,21 +1002,21 @@ def build(args, env):
     else:
         params = {"theta": make_lstm(S, A), "psi": make_lstm(S, 1)}
     params["eta"] = {"eta": torch.full((args.chain_length,), args.inner_lr)}
-    params = {group: {k: v.to(args.device) for k, v in p.items()} for group, p in params.items()}
+    params = copy_of(params, args.device)
     lrs = {"theta": args.outer_lr, "psi": args.critic_lr, "eta": args.outer_lr}
     size = {group: sum(v.numel() for v in p.values()) for group, p in params.items()}
     scale = math.sqrt(args.num_chains)  # [D3]
     return params, {group: AMSGrad(size[group], lrs[group] * scale, args.device) for group in params}
 
 
-def copy_of(params):
-    return {group: {k: v.clone() for k, v in p.items()} for group, p in params.items()}
+def copy_of(params, device):
+    return {group: {k: v.to(device, copy=True) for k, v in p.items()} for group, p in params.items()}
 
 
 def evaluate_checkpoint(args):
     """--evaluate: the table of the parameters that were best on validation personas, on the test split."""
     state, folder = load(args.evaluate), Path(args.evaluate).parent
-    params = {group: {k: v.to(args.device) for k, v in p.items()} for group, p in state["best"].items()}
+    params = copy_of(state["best"], args.device)
     results = evaluate(args, params, "test")
     print(table(results, args))
     write_eval(folder, summary(results), state["global_step"], args.seed)
@@ -1072,11 +1048,11 @@ def train(args):
     episodes = 1 if args.gradient == "exact" else args.num_episodes
     env = make_env(args, args.num_chains // WORLD * episodes)
     params, optimizers = build(args, env)
-    state = {"iteration": 0, "global_step": 0, "best": copy_of(params), "best_score": -math.inf}
+    state = {"iteration": 0, "global_step": 0, "best": params, "best_score": -math.inf}
     if args.resume:
         state = restore(args, params, optimizers)
     iteration, global_step = state["iteration"], state["global_step"]
-    best, best_score = state["best"], state["best_score"]
+    best, best_score = copy_of(state["best"], args.device), state["best_score"]
     log, stop, done = Log(args, global_step), False, global_step >= args.total_steps
 
     while not stop and not done:
@@ -1092,7 +1068,7 @@ def train(args):
         if validate and RANK == 0:  # keep the parameters that adapt best to validation personas
             logs |= summary(evaluate(args, params, "val"))
             if logs["eval/sum_after_phi_0"] > best_score:
-                best, best_score = copy_of(params), logs["eval/sum_after_phi_0"]
+                best, best_score = copy_of(params, args.device), logs["eval/sum_after_phi_0"]
         log.scalars(logs, global_step)
         text = f"reward {reward[0, 0]:+.3f} -> {reward[-1, 0]:+.3f}, best validation sum {best_score:+.2f}"
         log.progress(global_step, text, validate)

@@ -48,7 +48,7 @@ def run(name, *args, **kw):
 
 
 def weights(name, folder, iterations=3, without=("rng",), **kw):
-    """All tensors that a run of so many iterations leaves in its checkpoint, but for the entries in `without`."""
+    """All tensors that a run of so many iterations leaves in its checkpoint, without some entries."""
     module = importlib.import_module(name)
     args = TINY[name] | dict(total_steps=iterations * ITERATION[name], run_dir=str(folder)) | kw
     module.train(module.Args(**args))
