@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
 MAX_POINTS = 40
 OF_THE_RUN = ("seed", "run_dir", "resume", "evaluate", "capture_video", "track")  # not part of what was run
-ONLY_FINAL = r"_ci95$|_action_|/agent_|^grad/|^losses/"  # tags of which no curve is kept
+ONLY_FINAL = r"_ci95$|_action_|/agent_|^grad/|^losses/|^eval/.+/return_"  # tags of which no curve is kept
 NOT_IN_NAMES = ("num_threads", "device", "eval_every", "save_every", "seed", "run_dir")
 
 
