@@ -560,16 +560,18 @@ def ascend(players, objective, lrs, create_graph):
     return new
 
 
-def fit_opponent(model, batch, agent, steps=50, lr=20.0):
-    """eq. (9): argmax_y sum_t log pi(a_t|s_t, y) by gradient ascent from `model` {"logits": (C, S, A)}. The
+def fit_opponent(model, batch, agent, steps=50, lr=2.0):
+    """eq. (9): argmax_y sum_t log pi(a_t|s_t, y) by gradient ascent from `model` {"logits": (C, S, A)}, where
+    each state's step is divided by its number of visits, so that rare ones converge as fast as others. The
     new values replace the old; the derivative by phi_0 that the model carries from its last step stays."""
     C, S, A = model["logits"].shape
     index = (batch.state * A + batch.action[..., agent]).flatten(1)
     counts = torch.zeros(C, S * A, device=index.device).scatter_add_(1, index, torch.ones_like(index).float())
-    share = counts.view(C, S, A) / index.shape[1]  # how often each state and action was seen
+    visits = counts.view(C, S, A).sum(-1, keepdim=True)
+    seen, frequency = visits > 0, counts.view(C, S, A) / visits.clamp(min=1)
     y = model["logits"].detach().clone()
     for _ in range(steps):
-        y += lr * (share - share.sum(-1, keepdim=True) * y.softmax(-1))  # gradient of the mean log-likelihood
+        y += lr * seen * (frequency - y.softmax(-1))  # gradient of the mean log-likelihood of each state
     return {"logits": model["logits"] + (y - model["logits"]).detach()}
 
 
@@ -613,8 +615,8 @@ def sampled_chain(env, theta, eta, psi, tasks, args, chains):
         logprobs.append(logprob)
         if model:
             model = new[1:]
-            lrs[0] = None
-            new[1:] = inner_update(players, batches[l], lrs, args, env.states, False, False)[1][1:]
+            real = inner_update(players, batches[l], [None, *lrs[1:]], args, env.states, False, False)
+            new[1:] = real[1][1:]
         players = new if args.peer_learning and not model else [new[0], *map(leaves, new[1:])]
 
     critic_loss, advantages = 0.0, [None] * (length + 1)

@@ -220,19 +220,19 @@ def main():
     for game in sizes["horizon"]:
         tiny = dict(game=game, what="check", chains=2, threads=1, chain_length=2, num_episodes=8, horizon=12)
         print(f"{game}: the twin's gradients differ by {measure(tiny)['wall']:.0e} of their norm", flush=True)
-    todo, measured = cases(sizes, options.threads), {}
+    plan, measured = cases(sizes, options.threads), {}
     for number in range(options.rounds or sizes["rounds"]):
-        for i, case in enumerate(todo):
+        for i, case in enumerate(plan):
             print(f"round {number + 1}: {case['game']} {case['what']}, {case['chains']} chains, "
                   f"{case['threads']} threads", file=sys.stderr)
             measured.setdefault(i, []).append(measure(case))
     best = {i: dict(min(runs, key=lambda r: r["wall"]), mib=max(r["mib"] for r in runs))
             for i, runs in measured.items()}
     rates = {case["threads"]: 2 * 1.024**3 / best[i]["wall"]  # GFLOP/s
-             for i, case in enumerate(todo) if case["what"] == "matmul"}
-    yardstick = {(c["game"], c["threads"], c["what"]): best[i] for i, c in enumerate(todo)}
+             for i, case in enumerate(plan) if case["what"] == "matmul"}
+    yardstick = {(c["game"], c["threads"], c["what"]): best[i] for i, c in enumerate(plan)}
     rows = [HEAD]
-    for i, case in enumerate(todo):
+    for i, case in enumerate(plan):
         twin = {"batched": "naive", "world": "world, Python loop"}.get(case["what"])
         naive = yardstick.get((case["game"], case["threads"], twin))
         if case["what"] != "matmul":
@@ -240,7 +240,7 @@ def main():
     for row in rows:
         print("  ".join(f"{str(value):>{max(len(str(r[k])) for r in rows)}}" for k, value in enumerate(row)))
     for game in sizes["horizon"]:  # whatever number of chains and threads is best for each
-        wall = {what: min(best[i]["wall"] / c["chains"] for i, c in enumerate(todo)
+        wall = {what: min(best[i]["wall"] / c["chains"] for i, c in enumerate(plan)
                           if (c["game"], c["what"]) == (game, what)) for what in ("naive", "batched")}
         print(f"{game}, best per chain: naive {wall['naive']:.3g} s, batched {wall['batched']:.3g} s; "
               f"ratio {wall['naive'] / wall['batched']:.1f}")
