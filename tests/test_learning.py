@@ -1,4 +1,4 @@
-"""Short runs must learn what the docstrings promise. Thresholds lie well inside what five seeds gave."""
+"""Short runs must learn what the docstrings promise; benchmark/README.md has what several seeds gave."""
 
 import json
 
