@@ -25,6 +25,12 @@ WORLDS = {  # name: (module, class)
     "rps": ("matrix_games", "MatrixGame"),
     "rps3": ("matrix_games", "MatrixGame"),
     "rps4": ("matrix_games", "MatrixGame"),
+    "nav2d": ("navigation", "Navigation"),
+    "half_cheetah_dir": ("mujoco", "HalfCheetah"),
+    "half_cheetah_vel": ("mujoco", "HalfCheetah"),
+    "ant_dir": ("mujoco", "Ant"),
+    "ant_vel": ("mujoco", "Ant"),
+    "ant_goal": ("mujoco", "Ant"),
 }
 
 
