@@ -43,8 +43,8 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
              torchrun --nproc-per-node 2 meta_mapg.py --env ipd --policy lstm   # chains shared out
              python meta_mapg.py --env ipd --evaluate runs/x/checkpoint.pt     # the table of a finished run
   Expect     ipd: the sum of rewards over phi_1..phi_7 on held-out personas is about 7 against cooperative and
-             4 against defective peers; with --method meta-pg about -1 and -3. rps: about 1.4. ipd with lstm, one
-             seed: 1.7 and 6.0 at best in 280 million steps (paper: 10.1, 7.6), see benchmark/README.md.
+             4 against defective peers; with --method meta-pg about -1 and -3. rps: about 1.4. ipd with lstm,
+             one seed: 1.7 and 6.0 at best in 280 million steps (paper: 10.1, 7.6), see benchmark/README.md.
   Licence    MIT. Please cite the paper above for the method.
 """
 

@@ -19,12 +19,16 @@ from test_house_style import ROOT, SCRIPTS
 TINY = {
     "meta_mapg": dict(env="ipd", policy="lstm", num_chains=2, num_episodes=4, horizon=5, chain_length=2,
                       num_threads=1, save_every=1),
+    "maml_rl": dict(env="nav2d", num_tasks=4, num_episodes=3, horizon=5, eval_tasks=4, eval_episodes=3,
+                    num_threads=1, save_every=1),
 }
-ITERATION = {"meta_mapg": 2 * 3 * 4 * 5}
+ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "maml_rl": 4 * 3 * 5 * 2}
 BAD = {  # command lines that must end in one line and exit code 2
     "meta_mapg": ["--method nonsense", "--num-chains 0", "--num-chains many", "--chain-length 0", "--gamma 1",
                   "--gradient exact --policy lstm", "--env rps --gradient exact", "--opponent-model",
                   "--personas missing.npz", "--no-own-learning --no-peer-learning"],
+    "maml_rl": ["--method nonsense", "--env ipd", "--inner-steps 0", "--num-tasks 0", "--gamma 2",
+                "--delta 0", "--family fo-ppo --e-maml", "--outer promp --inner-grad dice"],
 }
 EVERYWHERE = ["--env nonsense", "--nonsense 3", "--resume missing.pt", "--resume truncated.pt",
               "--resume foreign.pt", "--evaluate foreign.pt", "--device nonsense", "--run-dir occupied"]
@@ -139,7 +143,7 @@ def wait_for(path, process, seconds=120):
 
 @each_script
 def test_kill_9_then_resume_gives_the_same_weights(name, tmp_path):
-    whole, steps = weights(name, tmp_path / "whole", iterations=12), 12 * ITERATION[name]
+    whole, steps = weights(name, tmp_path / "whole", iterations=40), 40 * ITERATION[name]
     process = launch(name, *flags(**TINY[name], total_steps=steps, run_dir=tmp_path / "killed"))
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     wait_for(checkpoint, process)
