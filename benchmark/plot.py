@@ -40,7 +40,7 @@ def svg(fig):
 def adaptation_figure(env, policy, results):
     """Ours as lines with a band, the paper's as hollow markers of the same colour; a panel for each class."""
     panels = PANELS[env]
-    size = (3.8 * len(panels) + 2.2, 4.6)
+    size = (max(8.4, 3.8 * len(panels) + 2.2), 4.6)  # the legend wants 8.4
     fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for ax, panel in zip(axes[0], panels):
         for method, points in PAPER.get((env, panel), {}).items():
