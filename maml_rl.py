@@ -55,9 +55,10 @@ MAML for reinforcement learning: a first policy from which one gradient step on 
              python maml_rl.py --env half_cheetah_vel --family fo-ppo --method meta-sgd  # TESP's baseline
              torchrun --nproc-per-node 2 maml_rl.py --env nav2d     # tasks shared out: the same result
              python maml_rl.py --evaluate runs/x/checkpoint.pt --capture-video   # table, figure or GIF
-  Expect     nav2d, 40 held-out goals, return after 0, 1, 2, 3 inner steps: -35, -13, -10, -9.5, from a random
-             start -185 to -70. After 20 iterations FOMAML -35, -23, -15, -15; pretrained -36, -32, -30, -27.
-             Second command: -35, -13, -7, -7 after 30 iterations (the authors: -40, -12, -3, -3).
+  Expect     nav2d, 40 held-out goals, return after 0, 1, 2, 3 inner steps: -35, -13, -10, -9.5 (three seeds);
+             from a random start -185 to -70, by seed. After 20 iterations FOMAML
+             -35, -23, -15, -15; pretrained -36, -32, -30, -27. Second command, 30 iterations:
+             -35, -13, -7, -7 (the authors: -40, -12, -3, -3).
              half_cheetah_dir, 60 iterations of 10 tasks, H = 100, 2.5 min: 3, 78, 84, 86 (random: 0 to 1).
              torchrun: in nav2d the same to rounding; of robots each process draws its own starts, so there
              results agree in distribution only.

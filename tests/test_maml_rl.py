@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -215,11 +214,9 @@ def test_6_all_tasks_at_once_equal_a_loop_over_tasks(family, dtype, tolerance):
 
 
 # ---------------------------------------------------------------- the world that the numbers rest on
-def test_7_half_cheetah_is_gymnasiums(monkeypatch):
+def test_7_half_cheetah_is_gymnasiums():
     """Bit by bit over 200 steps, under the stated convention; tests/test_mujoco.py has all worlds."""
     pytest.importorskip("mujoco")
-    if importlib.util.find_spec("imageio") is None:  # gymnasium wants it to save frames, which no test does
-        monkeypatch.setitem(sys.modules, "imageio", ModuleType("imageio"))
     import gymnasium
 
     env = m.make_env(small(env="half_cheetah_dir", action_scale=1.0, horizon=200), 3)

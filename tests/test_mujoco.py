@@ -4,9 +4,7 @@ import copy
 import importlib
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import gymnasium
 import mujoco
@@ -16,9 +14,6 @@ import torch
 
 from envs import make
 from envs.mujoco import Simulator
-
-if find_spec("imageio") is None:  # gymnasium's MuJoCo worlds want it to save frames, which no test does
-    sys.modules["imageio"] = ModuleType("imageio")
 
 WORLDS = ["half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel", "ant_goal"]
 equal, close = np.array_equal, np.testing.assert_allclose
