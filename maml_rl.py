@@ -1003,6 +1003,9 @@ class Log:
             self.bar.close(), self.board.close(), self.file.close()
             if self.wandb:
                 self.wandb.finish()
+        if WORLD > 1:  # leave together: rank 0 may still evaluate
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
 
 def write_eval(folder, values, step, seed):
