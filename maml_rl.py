@@ -60,8 +60,7 @@ MAML for reinforcement learning: a first policy from which one gradient step on 
              -35, -23, -15, -15; pretrained -36, -32, -30, -27. Second command, 30 iterations:
              -35, -13, -7, -7 (the authors: -40, -12, -3, -3).
              half_cheetah_dir, 60 iterations of 10 tasks, H = 100, 2.5 min: 3, 78, 84, 86 (random: 0 to 1).
-             torchrun: in nav2d the same to rounding; of robots each process draws its own starts, so there
-             results agree in distribution only.
+             torchrun: the same to rounding, which the chaos of long robot episodes magnifies.
   Licence    MIT. Please cite the papers above for the methods.
 """
 
@@ -246,6 +245,7 @@ def make_env(args, num_envs):
     # The contract (envs/__init__.py); bring your own world by returning an object with these members:
     #   num_envs B, horizon, obs_dims, action_dims, device
     #   reset(task) -> obs (B, O), one task a row;  sample_tasks(n, split) -> (n, task_dim)
+    #   (under torchrun also reset(task, part=(first, total)): which rows these are of those of all processes)
     #   step(action (B, A)) -> obs, reward (B, 1), terminated (B,), truncated (B,), info
     try:
         env = envs.make(args.env, num_envs, horizon=args.horizon, device=args.device,
@@ -345,11 +345,9 @@ def rollout(env, net, phi, tasks, part=None, frames=None):
     p, steps = unflatten(phi, net.shapes), []
     # Every process draws the noise of all tasks and keeps its own: a task does not depend on who plays it.
     noise = torch.randn(env.horizon, total, E, A, device=env.device)[:, first : first + M].to(phi.dtype)
-    seed = int(torch.randint(2**62, ()))
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed + first)  # a world's own noise: other numbers for each process
-    obs = env.reset(tasks.repeat_interleave(E, 0))
-    torch.set_rng_state(state)  # ... without parting their streams
+    # The world does the same with the noise of its starts.
+    rows = {} if total == M else dict(part=(first * E, total * E))
+    obs = env.reset(tasks.repeat_interleave(E, 0), **rows)
     alive = torch.ones(M, E, device=env.device, dtype=phi.dtype)
     for t in range(env.horizon):
         x = obs.to(phi.dtype).view(M, E, -1)

@@ -8,6 +8,7 @@ Batched worlds: the only code that the six scripts share.
     obs, reward, terminated, truncated, info = env.step(action)   action[i]: (B,) long, or (B, A_i) float32
                                                                   reward: (B, N) float32, flags: (B,) bool
     tasks = env.sample_tasks(n, split="train")                    meta worlds; "train" and "test" are disjoint
+    env.reset(task, part=(first, total))                          meta worlds: rows shared among processes
 
 `obs` and `action` are tuples over the agents, whose sizes may differ; a world with one agent drops the tuple.
 There is no autoreset: all B episodes run to the horizon H together and start again at reset(). An early

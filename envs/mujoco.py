@@ -113,11 +113,16 @@ class Locomotion:
         self.sim, self.screen = Simulator(model, num_envs, threads=threads), None
         self.action_dims, self.task_dim = (model.nu,), 1 + (self.kind == "goal")
 
-    def reset(self, task=None):
+    def reset(self, task=None, part=None):
+        """part: (first, total) when these B rows are rows first, first+1, ... of `total` rows that several
+        processes share: each of them draws the noise of all rows, so a row's start does not depend on who
+        plays it."""
         self.task = check_task(task, self).cpu().double().numpy()  # (B, D)
         B, model = self.num_envs, self.sim.model
-        qpos = model.qpos0 + 0.2 * torch.rand(B, model.nq, dtype=torch.float64).numpy() - 0.1
-        qvel = 0.1 * torch.randn(B, model.nv, dtype=torch.float64).numpy()
+        first, total = part or (0, B)
+        qpos = 0.2 * torch.rand(total, model.nq, dtype=torch.float64).numpy() - 0.1
+        qvel = 0.1 * torch.randn(total, model.nv, dtype=torch.float64).numpy()
+        qpos, qvel = model.qpos0 + qpos[first : first + B], qvel[first : first + B]
         self.state = np.concatenate([np.zeros((B, 1)), qpos, qvel], axis=1)  # (B, S)
         self.t, (self.terminated, self.diverged) = 0, np.zeros((2, B), bool)
         return self._tensor(self._observe(), torch.float32)

@@ -31,7 +31,7 @@ class Navigation:
         self.num_envs, self.horizon, self.device = num_envs, horizon, device
         self.action_scale = action_scale
 
-    def reset(self, task=None):
+    def reset(self, task=None, part=None):  # part: see envs.mujoco; here no start is random
         self.task = check_task(task, self).to(self.device, torch.float32)  # (B, 2)
         self.t, self.x = 0, torch.zeros(self.num_envs, 2, device=self.device)
         self.terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)

@@ -470,9 +470,10 @@ def command(*args, processes=1, cwd=ROOT):
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
 
 
-def test_12_two_processes_give_the_result_of_one(tmp_path):
-    small = ("--num-tasks 4 --num-episodes 5 --horizon 30 --hidden 16 --eval-tasks 2 --eval-episodes 2 "
-             "--e-maml --total-steps 2400")
+@pytest.mark.parametrize("world", ["--horizon 30 --total-steps 2400",
+                                   "--env half_cheetah_vel --horizon 5 --total-steps 400"])
+def test_12_two_processes_give_the_result_of_one(world, tmp_path):
+    small = f"{world} --num-tasks 4 --num-episodes 5 --hidden 16 --eval-tasks 2 --eval-episodes 2 --e-maml"
     both = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
