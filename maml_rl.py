@@ -47,6 +47,7 @@ MAML for reinforcement learning: a first policy from which one gradient step on 
              python maml_rl.py --env nav2d --method meta-sgd        # step sizes learned
              python maml_rl.py --env nav2d --method maesn           # a latent learned and adapted
              python maml_rl.py --env nav2d --first-order            # FOMAML
+             python maml_rl.py --env nav2d --e-maml                 # E-MAML
              python maml_rl.py --env nav2d --outer promp --total-steps 8000000        # 2 min on one core
              python maml_rl.py --env half_cheetah_dir --num-tasks 10 --horizon 100 --total-steps 2400000
              python maml_rl.py --env nav2d --method pretrained      # control: no adaptation in training
