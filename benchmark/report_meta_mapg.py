@@ -1,0 +1,194 @@
+"""
+Meta-MAPG: the paper's numbers, tables and figures. Used by plot.py.
+"""
+
+import math
+import re
+
+import matplotlib.pyplot as plt
+from report import below, facts, markdown, minutes, other_flags, over_seeds, slug, svg
+
+# Kim et al. 2021, Fig., read off the vector figure: reward per step of agent i after 0..7 updates.
+SOURCE = "Kim et al. 2021, Fig., read off the vector figure"
+PAPER = {
+    ("ipd", "cooperative"): {
+        "Meta-MAPG": (0.406, 1.498, 1.496, 1.472, 1.463, 1.432, 1.396, 1.353),
+        "Meta-PG": (0.466, 0.262, -0.270, -0.392, -0.431, -0.452, -0.465, -0.477),
+        "LOLA-DiCE": (0.925, 0.218, -0.138, -0.253, -0.304, -0.348, -0.383, -0.392),
+        "REINFORCE": (0.968, -0.028, -0.319, -0.397, -0.441, -0.465, -0.474, -0.479)},
+    ("ipd", "defective"): {
+        "Meta-MAPG": (-0.513, 1.314, 1.233, 1.139, 1.053, 0.997, 0.928, 0.915),
+        "Meta-PG": (-0.515, -0.457, -0.484, -0.488, -0.491, -0.493, -0.494, -0.494),
+        "LOLA-DiCE": (-0.047, -0.428, -0.439, -0.440, -0.441, -0.442, -0.443, -0.443),
+        "REINFORCE": (-0.027, -0.494, -0.495, -0.496, -0.497, -0.497, -0.497, -0.498)},
+    ("rps", "all"): {
+        "Meta-MAPG": (-0.027, 0.388, 0.543, 0.627, 0.673, 0.698, 0.707, 0.642),
+        "Meta-PG": (0.188, 0.364, 0.235, 0.182, 0.145, 0.092, 0.046, -0.002),
+        "LOLA-DiCE": (0.412, 0.267, 0.187, 0.141, 0.106, 0.083, 0.067, 0.056),
+        "REINFORCE": (0.503, 0.311, 0.229, 0.168, 0.135, 0.117, 0.104, 0.096),
+        "no own learning": (-0.002, 0.000, -0.003, -0.010, -0.006, 0.022, -0.008, 0.003)},
+}
+PANELS = {"ipd": ("cooperative", "defective"), "rps": ("all",), "rps3": ("all",), "rps4": ("all",)}
+CLASSES = {"rps": ("rock", "paper", "scissors")}
+METHODS = ("Meta-MAPG", "Meta-PG", "LOLA-DiCE", "REINFORCE", "no own learning", "Meta-MAPG-OM")
+
+STYLE = {  # a colour (Okabe and Ito, safe for the colour-blind) and a marker for each method
+    "Meta-MAPG": ("#0072B2", "o"), "Meta-PG": ("#D55E00", "s"), "LOLA-DiCE": ("#009E73", "^"),
+    "REINFORCE": ("#CC79A7", "D"), "no own learning": ("#56B4E9", "v"), "Meta-MAPG-OM": ("#000000", "P")}
+
+
+# ---------------------------------------------------------------- results
+def method(result):
+    if "no-own-learning" in result.flags:
+        return "no own learning"
+    if "no-peer-learning" in result.flags:
+        return "Meta-PG"
+    named = {m.lower(): m for m in METHODS}[result.flags.get("method", "meta-mapg")]
+    return named + ("-OM" if "opponent-model" in result.flags else "")
+
+
+def policy(result):
+    exact = result.flags["env"] == "ipd" and result.flags.get("gradient") != "sampled"
+    table = f"table, {'exact' if exact else 'sampled'} gradient"
+    return "LSTM" if result.flags.get("policy") == "lstm" else table
+
+
+def others(result):
+    """The flags that are not said by world, policy and method."""
+    said = ("policy", "method", "gradient", "no-own-learning", "no-peer-learning", "opponent-model")
+    return other_flags(result, said)
+
+
+def in_order(results):
+    key = lambda r: (r.flags["env"], policy(r) != "LSTM", METHODS.index(method(r)), r.name)
+    return sorted(results, key=key)
+
+
+def adaptation(result, panel):
+    """Reward per step of agent i after 0..L updates, half its 95 % interval, what the interval is over."""
+    env, runs = result.flags["env"], list(result.final.values())
+    prefix = "eval/return_" if panel == "all" else f"eval/{panel}/return_"
+    length = sum(re.fullmatch(rf"{prefix}\d+", tag) is not None for tag in runs[0])
+    values = [[run[f"{prefix}{l}"] for l in range(length)] for run in runs]
+    mean, half = zip(*(over_seeds(column) for column in zip(*values)))
+    if len(runs) > 1:
+        return mean, half, f"{len(runs)} seeds"
+    classes = CLASSES[env[:3]] if panel == "all" else (panel,)  # equally many personas in each class
+    half = [[runs[0][f"eval/{c}/return_{l}_ci95"] for c in classes] for l in range(length)]
+    return mean, [math.sqrt(sum(h * h for h in row)) / len(classes) for row in half], "personas, 1 seed"
+
+
+# ---------------------------------------------------------------- tables
+def paper_row(result, panel):
+    """The paper's numbers for the same world, peers and method, or None."""
+    same_length = result.flags.get("chain-length", "7") == "7"
+    return PAPER.get((result.flags["env"], panel), {}).get(method(result)) if same_length else None
+
+
+def table(results):
+    """One line for each result and class of peers, for README.md."""
+    rows = []
+    for result in in_order(results):
+        for panel in PANELS[result.flags["env"]]:
+            mean, _, _ = adaptation(result, panel)
+            paper, setting = paper_row(result, panel), f"{method(result)}, {policy(result)} {others(result)}"
+            rows.append([f"{result.flags['env'].upper()}, {panel} peers", setting.strip(),
+                         f"{mean[0]:+.2f}", f"{mean[1]:+.2f}", f"{mean[-1]:+.2f}",
+                         f"**{sum(mean[1:]):+.2f}**", f"{sum(paper[1:]):+.2f}" if paper else "",
+                         len(result.final), minutes(result)])
+    head = ["game", "method, policy of agent i", "φ_0", "φ_1", "last φ", "**sum from φ_1**",
+            "sum, paper (LSTM)", "seeds", "minutes"]
+    return markdown(head, rows)
+
+
+def details(results):
+    """A section for each result: how it was made, its interval, and the paper's row under ours."""
+    text = [f"Paper: {SOURCE}. Reward per step of agent i; the last column is the sum without φ_0."]
+    for result in in_order(results):
+        rows = []
+        for panel in PANELS[result.flags["env"]]:
+            mean, half, over = adaptation(result, panel)
+            rows.append([panel, "ours", *(f"{m:+.3f}" for m in mean), f"{sum(mean[1:]):+.2f}"])
+            rows.append(["", "±", *(f"{h:.3f}" for h in half), ""])
+            if paper := paper_row(result, panel):
+                rows.append(["", "paper", *(f"{x:+.3f}" for x in paper), f"{sum(paper[1:]):+.2f}"])
+        title = f"{result.flags['env'].upper()}: {method(result)}, {policy(result)} {others(result)}".strip()
+        head = ["peers", "", *(f"φ_{l}" for l in range(len(mean))), "sum"]
+        text.append(f"### {title}\n\n" + facts(result, over) + f"\n\n{markdown(head, rows)}\n\n"
+                    f"![learning curve](curves/{result.name}-learning.svg)")
+    return "\n\n".join(text)
+
+
+# ---------------------------------------------------------------- figures
+def adaptation_figure(env, kind, results):
+    """Ours as lines with a band, the paper's as hollow markers of the same colour; a panel for each class."""
+    panels = PANELS[env]
+    size = (max(8.4, 3.8 * len(panels) + 2.2), 4.6)  # the legend wants 8.4
+    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for ax, panel in zip(axes[0], panels):
+        for name, points in PAPER.get((env, panel), {}).items():
+            color, marker = STYLE[name]
+            ax.plot(points, color=color, marker=marker, ls=":", lw=0.8, mfc="white", ms=5,
+                    label=f"paper: {name}", zorder=2)
+        drawn = {}
+        for result in results:
+            mean, half, over = adaptation(result, panel)
+            same = drawn[method(result)] = drawn.get(method(result), 0) + 1
+            label = f"ours: {method(result)} {others(result)}".strip() + f" (95 % over {over})"
+            color, x = STYLE[method(result)][0], range(len(mean))
+            ax.plot(x, mean, color=color, lw=2, ls=("-", "--", "-.")[(same - 1) % 3], label=label, zorder=3)
+            ax.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)],
+                            color=color, alpha=0.2, lw=0)
+        ax.set_title({"all": "all personas"}.get(panel, f"{panel} peer"))
+        ax.set_xlabel("l, updates of every agent")
+        ax.grid(color="0.9", lw=0.6)
+    values = [y for ax in axes[0] for line in ax.lines for y in line.get_ydata()]
+    margin = 0.15 * (max(values) - min(values))  # a band over few seeds may leave the figure
+    axes[0, 0].set_ylim(min(values) - margin, max(values) + margin)
+    axes[0, 0].set_ylabel("reward per step of agent i under φ_l")
+    fig.suptitle(f"{env.upper()}, ours with {kind}; paper with LSTM")
+    below(fig, axes[0, 0])
+    return svg(fig)
+
+
+def learning_figure(result):
+    """Validation sum of rewards over phi_1..phi_L against environment steps: each seed, and their mean."""
+    fig, ax = plt.subplots(figsize=(5.2, 3.8))
+    runs, color = result.curves["eval/sum_after_phi_0"], STYLE[method(result)][0]
+    for seed, points in runs.items():
+        x, y = [step / 1e6 for step, _ in points], [value for _, value in points]
+        ax.plot(x, y, color=color, lw=2 if len(runs) == 1 else 0.8, alpha=1 if len(runs) == 1 else 0.5,
+                marker="." if len(x) < 30 else None, label="a seed" if seed == min(runs) else None)
+    if len(runs) > 1 and len({tuple(step for step, _ in points) for points in runs.values()}) == 1:
+        mean = [sum(value for _, value in column) / len(runs) for column in zip(*runs.values())]
+        ax.plot(x, mean, color=color, lw=2, label=f"mean of {len(runs)} seeds")
+    paper = [PAPER.get((result.flags["env"], p), {}).get(method(result)) for p in PANELS[result.flags["env"]]]
+    if all(paper):
+        level = sum(sum(points[1:]) for points in paper) / len(paper)
+        ax.axhline(level, color="0.4", ls=":", lw=1, label=f"paper, meta-test: {level:.2f}")
+    ax.set_xlabel("environment steps, millions")
+    ax.set_ylabel("validation: sum of rewards φ_1 to φ_L")
+    ax.set_title(f"{result.flags['env'].upper()}, {method(result)}, {policy(result)}", fontsize=10)
+    ax.grid(color="0.9", lw=0.6)
+    below(fig, ax)
+    return svg(fig)
+
+
+def groups(results):
+    """{(env, policy): [Result]}: what goes into one figure."""
+    out = {}
+    for result in results:
+        out.setdefault((result.flags["env"], policy(result)), []).append(result)
+    return out
+
+
+def figures(results):
+    """{file name: svg}."""
+    out = {}
+    for (env, kind), group in groups(in_order(results)).items():
+        out[f"meta_mapg-{slug(env, kind)}.svg"] = adaptation_figure(env, kind, group)
+        out |= {f"{r.name}-learning.svg": learning_figure(r) for r in group}
+    return out
+
+
+TABLES = {"meta_mapg": table, "meta_mapg-details": details}
