@@ -1,0 +1,170 @@
+"""
+How fast meta_mapg.py is, beside naive_meta_mapg.py and the arithmetic's floor. Used by speed.py.
+"""
+
+import sys
+
+from run import ROOT
+from speed import timed
+
+sys.path.insert(0, str(ROOT))
+GFLOP = 28  # arithmetic of one IPD chain at L=7, K=64, H=150, table look-ups instead of the input products
+FULL = dict(chain_length=7, num_episodes=64, horizon={"ipd": 150, "rps": 50}, chains=(8, 16))
+QUICK = dict(chain_length=2, num_episodes=16, horizon={"ipd": 20, "rps": 10}, chains=(2, 4))
+HEAD = ["game", "what", "chains", "threads", "s_per_iteration", "s_per_chain", "cpu_s_per_chain",
+        "steps_per_s", "MiB_per_chain", "times_naive", "times_floor"]
+
+
+# ---------------------------------------------------------------- one measurement
+def settings(case):
+    """Args of meta_mapg for a case, and its world, parameters and optimisers."""
+    import meta_mapg
+
+    sizes = {k: case[k] for k in ("chain_length", "num_episodes", "horizon") if k in case}
+    args = meta_mapg.resolve(meta_mapg.Args(env=case["game"], policy=case.get("policy", "lstm"), **sizes,
+                                            num_chains=case["chains"], num_threads=case["threads"]))
+    meta_mapg.set_up(args)
+    env = meta_mapg.make_env(args, args.num_chains * (1 if args.gradient == "exact" else args.num_episodes))
+    return meta_mapg, args, env, *meta_mapg.build(args, env)
+
+
+def measure_batched(case):
+    meta_mapg, args, env, params, optimizers = settings(case)
+    return timed(lambda: meta_mapg.outer_update(env, params, optimizers, args), 2)
+
+
+def measure_naive(case):
+    import naive_meta_mapg as naive
+
+    import envs
+
+    meta_mapg, args, _, params, _ = settings(case)
+    world = envs.make(args.env, args.num_episodes, horizon=args.horizon)  # one-hot observations
+
+    def chain():
+        theta, psi, eta = (meta_mapg.leaves(params[group]) for group in ("theta", "psi", "eta"))
+        peers = [meta_mapg.leaves({"logits": logits}) for logits in world.sample_tasks(1)[0]]
+        naive.gradients(world, theta, eta["eta"], psi, peers, args)
+
+    return timed(chain, 1 if case["horizon"] > 100 else 2)
+
+
+def measure_world(case):
+    """A batch of worlds with index observations, or as many games in a Python loop, on the same actions."""
+    import naive_meta_mapg as naive
+    import torch
+
+    import envs
+    from envs.matrix_games import PAYOFF
+
+    H, B = case["horizon"], case["chains"] * case["num_episodes"]
+    torch.set_num_threads(case["threads"])
+    env = envs.make(case["game"], B, horizon=H, index_obs=True)
+    actions = torch.randint(env.actions, (H, 2, B))
+    if case["what"] == "world":
+        def play():
+            env.reset()
+            for both in actions:
+                env.step(list(both))
+    else:
+        numbers = actions.tolist()
+
+        def play():
+            games = [naive.PythonGame(PAYOFF[case["game"]]) for _ in range(B)]
+            for mine, other in numbers:
+                for game, a, b in zip(games, mine, other):
+                    game.step(a, b)
+
+    return timed(play, 3)
+
+
+def check_twin(case):
+    """The twin computes what the script computes: the same gradients of theta, eta and psi of each chain."""
+    import naive_meta_mapg as naive
+    import torch
+
+    import envs
+
+    meta_mapg, args, env, params, _ = settings(case)
+    C = args.num_chains
+    theta, psi, eta = (meta_mapg.leaves(params[group], C) for group in ("theta", "psi", "eta"))
+    tasks = env.sample_tasks(C)
+    loss, critic_loss, batches = meta_mapg.sampled_chain(env, theta, eta["eta"], psi, tasks, args, (0, C))
+    *by_theta, by_eta = torch.autograd.grad(loss.sum(), [*theta.values(), eta["eta"]])
+    by_psi = torch.autograd.grad(critic_loss.sum(), [*psi.values()])
+    world, worst = envs.make(args.env, args.num_episodes, horizon=args.horizon), 0.0
+    for c in range(C):
+        own = [meta_mapg.leaves({k: v[c] for k, v in group.items()}) for group in (theta, eta, psi)]
+        peers = [meta_mapg.leaves({"logits": logits}) for logits in tasks[c]]
+        recorded = [batch.action[c] for batch in batches]
+        naive_theta, naive_eta, naive_psi = naive.gradients(world, own[0], own[1]["eta"], own[2], peers, args,
+                                                            recorded)
+        for ours, theirs in zip([*by_theta, by_eta, *by_psi], [*naive_theta, naive_eta, *naive_psi]):
+            worst = max(worst, float((ours[c] - theirs).norm() / ours[c].norm().clamp(min=1e-6)))
+    assert worst < 1e-3, f"{case['game']}: the twin's gradients differ by {worst:.1e} of their norm"
+    return f"{case['game']}: the twin's gradients differ by {worst:.0e} of their norm"
+
+
+def check():
+    """Before anything is timed; returns what was found."""
+    tiny = dict(chains=2, threads=1, chain_length=2, num_episodes=8, horizon=12)
+    return "; ".join(check_twin(tiny | dict(game=game)) for game in ("ipd", "rps"))
+
+
+MEASURES = {"batched": measure_batched, "naive": measure_naive, "exact tables": measure_batched,
+            "world": measure_world, "world, Python loop": measure_world}
+
+
+def measure(case):
+    """Wall and processor seconds of a case."""
+    return MEASURES[case["what"]](case)
+
+
+def cases(quick, all_threads):
+    """In the order in which they take turns."""
+    sizes, out = QUICK if quick else FULL, []
+    for threads in all_threads:
+        out.append(dict(what="matmul", threads=threads))
+        for game, horizon in sizes["horizon"].items():
+            size = dict(game=game, horizon=horizon, threads=threads)
+            size |= {k: sizes[k] for k in ("chain_length", "num_episodes")}
+            out.append(size | dict(what="naive", chains=1))
+            out += [size | dict(what="batched", chains=chains) for chains in sizes["chains"]]
+    chain_length, horizon = sizes["chain_length"], sizes["horizon"]["ipd"]
+    out.append(dict(game="ipd", what="exact tables", policy="table", chains=24, threads=1, horizon=horizon,
+                    chain_length=chain_length))
+    return out + [dict(game="ipd", what=what, chains=sizes["chains"][1], num_episodes=sizes["num_episodes"],
+                       threads=1, horizon=horizon) for what in ("world", "world, Python loop")]
+
+
+def row_of(case, best, naive, rates):
+    """One line of the table. Steps count as in global_step: (L+1) K H for each chain, K = 1 where exact."""
+    chains, world = case["chains"], case["what"].startswith("world")
+    steps = chains * case["horizon"] * (case.get("chain_length", 0) + 1) * case.get("num_episodes", 1)
+    each = best["wall"] / chains
+    ratio = naive["wall"] / each if naive and not world else naive["wall"] / best["wall"] if naive else ""
+    floor = GFLOP * steps / chains / (8 * 64 * 150) / rates[case["threads"]]
+    lstm = case["what"] in ("batched", "naive")
+    return [case["game"], case["what"], chains, case["threads"], f"{best['wall']:.4g}",
+            "" if world else f"{each:.3g}", "" if world else f"{best['cpu'] / chains:.3g}",
+            f"{steps / best['wall']:,.0f}".replace(",", " "), f"{best['mib'] / chains:.0f}" if lstm else "",
+            f"{ratio:.1f}" if ratio else "", f"{each / floor:.1f}" if lstm else ""]
+
+
+def summary(plan, best, rates):
+    """The rows of the table, and what else there is to say; rates: {threads: GFLOP/s}."""
+    timed_cases = [(case, run) for case, run in zip(plan, best) if case["what"] != "matmul"]
+    yardstick = {(c["game"], c["threads"], c["what"]): run for c, run in timed_cases}
+    rows, facts = [HEAD], {"sizes": "L=7, K=64, H=150 (ipd), 50 (rps)"}
+    for case, run in timed_cases:
+        twin = {"batched": "naive", "world": "world, Python loop"}.get(case["what"])
+        naive = yardstick.get((case["game"], case["threads"], twin))
+        rows.append(row_of(case, run, naive, rates))
+    for game in ("ipd", "rps"):  # whatever number of chains and threads is best for each
+        wall = {what: min(run["wall"] / c["chains"] for c, run in timed_cases
+                          if (c["game"], c["what"]) == (game, what)) for what in ("naive", "batched")}
+        facts[f"{game}, best per chain"] = (f"naive {wall['naive']:.3g} s, batched {wall['batched']:.3g} s, "
+                                            f"ratio {wall['naive'] / wall['batched']:.1f}")
+    facts["floor of an IPD chain"] = ", ".join(
+        f"{n} thread{'s' * (n > 1)} {GFLOP / rate:.2f} s ({rate:.0f} GFLOP/s)" for n, rate in rates.items())
+    return rows, facts
