@@ -9,13 +9,16 @@ from report import below, facts, markdown, minutes, other_flags, over_seeds, slu
 SOURCE = "Finn et al. 2017, the result files published with the code"
 PAPER = {
     "nav2d": {"MAML": (-40.4, -11.7, -3.3, -3.2), "random start": (-82.7, -58.0, -53.8, -46.8)},
-    "half_cheetah_vel": {"MAML": (-129.5, -78.6, -66.6, -60.8), "random start": (-254.8, -254.3, -246.8, -230.8),
-                         "pretrained": (-158.0, -135.4, -128.5, -133.6)},
-    "half_cheetah_dir": {"MAML": (-50.7, 293.2, 313.5, 315.7), "random start": (-35.7, 21.8, 62.3, 86.2),
-                         "pretrained": (-43.0, -24.7, -12.8, 19.6)}}
-WORLD = {"nav2d": "2-D navigation", "half_cheetah_vel": "HalfCheetahVel", "half_cheetah_dir": "HalfCheetahDir"}
-STYLE = {"MAML": "#0072B2", "FOMAML": "#56B4E9", "E-MAML": "#009E73", "ProMP": "#E69F00", "Meta-SGD": "#D55E00",
-         "MAESN": "#CC79A7", "pretrained": "#999999", "random start": "#000000"}  # safe for the colour-blind
+    "half_cheetah_vel": {
+        "MAML": (-129.5, -78.6, -66.6, -60.8), "random start": (-254.8, -254.3, -246.8, -230.8),
+        "pretrained": (-158.0, -135.4, -128.5, -133.6)},
+    "half_cheetah_dir": {
+        "MAML": (-50.7, 293.2, 313.5, 315.7), "random start": (-35.7, 21.8, 62.3, 86.2),
+        "pretrained": (-43.0, -24.7, -12.8, 19.6)}}
+WORLD = {"nav2d": "2-D navigation", "half_cheetah_vel": "HalfCheetahVel",
+         "half_cheetah_dir": "HalfCheetahDir"}
+STYLE = {"MAML": "#0072B2", "FOMAML": "#56B4E9", "E-MAML": "#009E73", "ProMP": "#E69F00",
+         "Meta-SGD": "#D55E00", "MAESN": "#CC79A7", "pretrained": "#999999", "random start": "#000000"}
 
 
 # ---------------------------------------------------------------- results
@@ -39,7 +42,8 @@ def world(result):
 
 
 def in_order(results):
-    return sorted(results, key=lambda r: (r.flags["env"] != "nav2d", world(r), [*STYLE].index(method(r)), r.name))
+    key = lambda r: (r.flags["env"] != "nav2d", world(r), [*STYLE].index(method(r)), r.name)
+    return sorted(results, key=key)
 
 
 def adaptation(result, row="eval"):

@@ -118,8 +118,9 @@ def check():
     chain = maml_rl.adapt(net, x.expand(3, -1), source, 1, args, True)
     loss, _, g = maml_rl.meta_gradient(net, chain, x, None, args)
     policy, p = naive.Policy(2, 2, 16), maml_rl.unflatten(theta, net.shapes)
-    own = {f"net.{2 * l}.weight": p[f"w{l}"].T for l in range(3)}
-    policy.load_state_dict(own | {f"net.{2 * l}.bias": p[f"b{l}"] for l in range(3)} | {"log_std": p["log_std"]})
+    weights = {f"net.{2 * l}.weight": p[f"w{l}"].T for l in range(3)}
+    biases = {f"net.{2 * l}.bias": p[f"b{l}"] for l in range(3)}
+    policy.load_state_dict(weights | biases | {"log_std": p["log_std"]})
     params = dict(policy.named_parameters())
     trains, tests = ([(b.obs[i], b.action[i], b.adv[i], (b.weight[i] > 0).float()) for i in range(3)]
                      for b in chain.batches)
