@@ -744,7 +744,7 @@ def evaluate(args, net, x, num_tasks=None, frames=None):
         torch.manual_seed(args.seed + 10_000)
 
         def source(k, phi):
-            pictures = None if frames is None else frames.setdefault(k, [])
+            pictures = frames.setdefault(k, []) if frames is not None and k < 2 else None
             return process(net, phi, rollout(env, net, phi, tasks, frames=pictures), args)
 
         batches = adapt(net, x.expand(n, -1), source, steps, args).batches
@@ -801,19 +801,24 @@ def capture(args, net, x, folder):
                 ax.plot(*paths[:, 0].T, color=colour, lw=0.5, alpha=0.5)
                 ax.plot(*paths.mean(1).T, color=colour, lw=2.5, label=f"{k} steps")
             ax.plot(*tasks[i].cpu(), "k*", ms=12)
-            ax.set_aspect("equal")
+            ax.set(xlim=(-0.6, 0.6), ylim=(-0.6, 0.6), aspect="equal")
         axes[0, 0].legend(fontsize=8)
         figure.savefig(folder / "paths.png", dpi=100)
         return folder / "paths.png"
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     frames = {}
     try:
         evaluate(args, net, x, num_tasks=1, frames=frames)
     except RuntimeError as e:
         fail(e)
-    pictures = [Image.fromarray(np.concatenate(pair, 1)) for pair in zip(frames[0], frames[1])]
-    pictures[0].save(folder / "before_after.gif", save_all=True, append_images=pictures[1:], duration=50,
+    pictures = []
+    for pair in list(zip(frames[0], frames[1]))[::2]:
+        picture = Image.fromarray(np.concatenate(pair, 1))
+        for left, text in (10, "before"), (picture.width // 2 + 10, "after one inner step"):
+            ImageDraw.Draw(picture).text((left, 10), text, "white", font_size=20)
+        pictures.append(picture.reduce(2).quantize(48, dither=Image.Dither.NONE))
+    pictures[0].save(folder / "before_after.gif", save_all=True, append_images=pictures[1:], duration=100,
                      loop=0)
     return folder / "before_after.gif"
 
