@@ -536,6 +536,19 @@ def test_the_figure_of_paths(tmp_path):
     assert m.capture(args, net, x, tmp_path).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_film_before_and_after(tmp_path):
+    args = small(env="half_cheetah_dir", horizon=6, eval_episodes=2)
+    net, x, *_ = m.build(args, m.make_env(args, 1))
+    env = m.make_env(args, 1)
+    env.reset()
+    try:
+        env.render()
+    except RuntimeError as e:
+        pytest.skip(str(e))
+    film = pytest.importorskip("PIL.Image").open(m.capture(args, net, x, tmp_path))
+    assert (film.n_frames, film.size) == (3, (320, 120))
+
+
 @pytest.mark.parametrize("line", [
     "--inner-steps 0", "--env ipd", "--num-tasks 0", "--num-episodes 0", "--gamma 1.5", "--delta 0",
     "--outer promp --inner-grad dice", "--family fo-ppo --outer trpo", "--action-scale -1",

@@ -242,6 +242,17 @@ def test_mujoco_is_imported_only_when_needed():
 # ---------------------------------------------------------------- rows do not touch one another
 
 
+def test_rows_shared_among_processes_start_as_in_one():
+    world = lambda B: make("ant_dir", B, threads=1)
+    torch.manual_seed(3)
+    whole = world(5).reset(torch.ones(5, 1))
+    parts = []
+    for first, n in (0, 2), (2, 3):
+        torch.manual_seed(3)
+        parts.append(world(n).reset(torch.ones(n, 1), part=(first, 5)))
+    assert torch.equal(torch.cat(parts), whole) and len(whole.unique(dim=0)) == 5
+
+
 def test_threads_change_nothing():
     def run(threads):
         torch.manual_seed(0)
