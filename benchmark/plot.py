@@ -46,7 +46,8 @@ def main():
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     check = parser.parse_args().check
     results, speeds = read_results()
-    tables, wanted = {name: speed(*found) for name, found in speeds.items()}, {}
+    names, wanted = [p.stem for p in (ROOT / "benchmark").glob("speed_*.py")], {}
+    tables = {name: speed(*speeds[name]) if name in speeds else "No results yet." for name in names}
     for script, module in REPORTS.items():
         found = results.get(script, [])
         tables |= {name: make(found) if found else "No results yet." for name, make in module.TABLES.items()}
