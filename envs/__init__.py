@@ -32,6 +32,15 @@ WORLDS = {  # name: (module, class)
     "ant_dir": ("mujoco", "Ant"),
     "ant_vel": ("mujoco", "Ant"),
     "ant_goal": ("mujoco", "Ant"),
+    "simple": ("particle", "Simple"),
+    "simple_spread": ("particle", "Spread"),
+    "simple_tag": ("particle", "Tag"),
+    "simple_adversary": ("particle", "Adversary"),
+    "simple_push": ("particle", "Push"),
+    "simple_speaker_listener": ("particle", "SpeakerListener"),
+    "simple_reference": ("particle", "Reference"),
+    "simple_crypto": ("particle", "Crypto"),
+    "simple_world_comm": ("particle", "WorldComm"),
 }
 
 

@@ -9,6 +9,8 @@ Copies are stepped one after another in Python: this is for trying a foreign wor
 Importing this file needs torch and numpy; gymnasium and pettingzoo are imported when a function needs them.
 """
 
+from math import prod
+
 import numpy as np
 import torch
 
@@ -45,8 +47,10 @@ def to_pettingzoo(env, render_mode=None):
             self.render_mode, self.max_cycles, self._stream, self.agents = render_mode, env.horizon, None, []
             self.possible_agents = names = [f"agent_{i}" for i in range(env.num_agents)]
             self.observation_spaces = {name: box(O) for name, O in zip(names, env.obs_dims)}
+            # who moves and speaks at once numbers the pairs: the product of its blocks
+            sizes = map(prod, env.action_splits) if hasattr(env, "action_splits") else env.action_dims
             act = spaces.Discrete if env.discrete else box
-            self.action_spaces = {name: act(A) for name, A in zip(names, env.action_dims)}
+            self.action_spaces = {name: act(A) for name, A in zip(names, sizes)}
 
         def observation_space(self, agent):
             return self.observation_spaces[agent]

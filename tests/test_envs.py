@@ -67,8 +67,10 @@ def test_index_observations_are_the_one_hot_ones():
         assert torch.equal(ra, rb)
 
 
-def test_a_matrix_game_imports_neither_mujoco_nor_pettingzoo():
-    code = "import sys, envs; envs.make('ipd', 2); print({'mujoco', 'pettingzoo'} & set(sys.modules))"
+@pytest.mark.parametrize("name", ["ipd", "nav2d", "simple_spread"])
+def test_a_world_of_torch_and_numpy_imports_no_other_package(name):
+    others = "{'mujoco', 'gymnasium', 'pettingzoo', 'mpe2', 'pygame'}"
+    code = f"import sys, envs; envs.make({name!r}, 2); print({others} & set(sys.modules))"
     cwd = envs.__path__[0] + "/.."
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
     assert done.stdout.strip() == "set()", done.stderr
