@@ -53,7 +53,7 @@ MAML for reinforcement learning: a first policy from which one gradient step on 
              python maml_rl.py --env nav2d --method pretrained      # control: no adaptation in training
              python maml_rl.py --env half_cheetah_dir --total-steps 32000000          # 200 iterations, < 1 h
              python maml_rl.py --env half_cheetah_vel --num-tasks 40 --num-episodes 10
-             python maml_rl.py --env half_cheetah_vel --family fo-ppo --method meta-sgd  # TESP's baseline
+             python maml_rl.py --env wheeled --family fo-ppo --method meta-sgd        # TESP's baseline
              torchrun --nproc-per-node 2 maml_rl.py --env nav2d     # tasks shared out: the same result
              python maml_rl.py --evaluate runs/x/checkpoint.pt --capture-video   # table, figure or GIF
   Expect     nav2d, 40 held-out goals, return after 0, 1, 2, 3 inner steps: -35, -13, -10, -9.5 (three seeds);
@@ -95,7 +95,8 @@ from tqdm import tqdm
 import envs
 
 # ================================================================ 0. Arguments
-Env = Literal["nav2d", "half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel", "ant_goal"]
+Env = Literal["nav2d", "half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel", "ant_goal", "wheeled",
+              "small_ant", "reacher2", "reacher4"]  # the last four: TESP's robots
 
 # What an argument left at None becomes, in this order: a value for all worlds, the world's, the family's or
 # the method's.
@@ -104,6 +105,7 @@ COMMON = dict(num_tasks=20, num_episodes=20, inner_steps=1, inner_lr=0.1, gae_la
 NAV = dict(horizon=100, action_scale=1.0, iterations=60, eval_every=20, eval_episodes=40)
 ROBOT = dict(horizon=200, action_scale=0.1, iterations=500, eval_every=50, eval_episodes=20)
 PAPER = {env: NAV if env == "nav2d" else ROBOT for env in get_args(Env)}
+PAPER |= {env: ROBOT | dict(action_scale=1.0) for env in get_args(Env)[-4:]}
 FO_PPO = dict(num_episodes=25, inner_steps=3, inner_lr=1e-3, gae_lambda=0.97, hidden=256, outer="ppo",
               epochs=20, clip_coef=0.15, outer_lr=3e-4)  # Lan et al., IJCAI 2019, arXiv:1905.06527
 MAESN = dict(inner_lr=1.0)

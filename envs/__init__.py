@@ -41,6 +41,10 @@ WORLDS = {  # name: (module, class)
     "simple_reference": ("particle", "Reference"),
     "simple_crypto": ("particle", "Crypto"),
     "simple_world_comm": ("particle", "WorldComm"),
+    "wheeled": ("goal_robots", "GoalRobot"),
+    "small_ant": ("goal_robots", "GoalRobot"),
+    "reacher2": ("goal_robots", "GoalRobot"),
+    "reacher4": ("goal_robots", "GoalRobot"),
 }
 
 

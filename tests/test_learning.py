@@ -5,6 +5,7 @@ import json
 import pytest
 
 import meta_mapg
+import tesp
 
 pytestmark = pytest.mark.slow
 
@@ -31,3 +32,10 @@ def test_without_peer_learning_it_ends_in_mutual_defection(tmp_path):
 def test_sampled_gradient_of_rps_leads_the_peer_on(tmp_path):
     result = final(meta_mapg, tmp_path, env="rps", total_steps=46_080_000)
     assert result["eval/return_0"] < 0 < 0.8 < result["eval/sum_after_phi_0"]  # loses first, to win later
+
+
+def test_tesp_finds_hidden_goals_in_three_fast_updates(tmp_path):
+    result = final(tesp, tmp_path, env="nav2d")
+    warmup, *updates = (result[f"eval/test/return_{k}"] for k in ("warmup", 0, 1, 2, 3))
+    assert updates[3] > -9 and updates[3] > 0.6 * warmup  # measured: -18 and then -6
+    assert updates[0] < updates[1] < updates[2] < updates[3]  # each update helps

@@ -21,14 +21,18 @@ TINY = {
                       num_threads=1, save_every=1),
     "maml_rl": dict(env="nav2d", num_tasks=4, num_episodes=3, horizon=5, eval_tasks=4, eval_episodes=3,
                     num_threads=1, save_every=1),
+    "tesp": dict(env="nav2d", num_tasks=4, num_episodes=3, horizon=5, hidden=8, gru_units=4, latent_dim=2,
+                 buffer_size=2, eval_tasks=3, num_threads=1, save_every=1),
 }
-ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "maml_rl": 4 * 3 * 5 * 2}
+ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "maml_rl": 4 * 3 * 5 * 2, "tesp": 4 * 3 * 5 * 5}
 BAD = {  # command lines that must end in one line and exit code 2
     "meta_mapg": ["--method nonsense", "--num-chains 0", "--num-chains many", "--chain-length 0", "--gamma 1",
                   "--gradient exact --policy lstm", "--env rps --gradient exact", "--opponent-model",
                   "--personas missing.npz", "--no-own-learning --no-peer-learning"],
     "maml_rl": ["--method nonsense", "--env ipd", "--inner-steps 0", "--num-tasks 0", "--gamma 2",
                 "--delta 0", "--family fo-ppo --e-maml", "--outer promp --inner-grad dice"],
+    "tesp": ["--buffer nonsense", "--env ipd", "--env ant_goal", "--num-tasks 0", "--buffer-size 0",
+             "--gamma 2", "--inner-steps -1", "--eval-noise -1", "--outer-lr 0"],
 }
 EVERYWHERE = ["--env nonsense", "--nonsense 3", "--resume missing.pt", "--resume truncated.pt",
               "--resume foreign.pt", "--evaluate foreign.pt", "--device nonsense", "--run-dir occupied"]
