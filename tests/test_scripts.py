@@ -23,8 +23,11 @@ TINY = {
                     num_threads=1, save_every=1),
     "tesp": dict(env="nav2d", num_tasks=4, num_episodes=3, horizon=5, hidden=8, gru_units=4, latent_dim=2,
                  buffer_size=2, eval_tasks=3, num_threads=1, save_every=1),
+    "coded_maddpg": dict(env="simple_spread", horizon=5, batch_size=8, num_units=8, learning_starts=20,
+                         replay_size=200, num_threads=1, eval_episodes=4, save_every=1),
 }
-ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "maml_rl": 4 * 3 * 5 * 2, "tesp": 4 * 3 * 5 * 5}
+ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "maml_rl": 4 * 3 * 5 * 2, "tesp": 4 * 3 * 5 * 5,
+             "coded_maddpg": 4 * 5}
 BAD = {  # command lines that must end in one line and exit code 2
     "meta_mapg": ["--method nonsense", "--num-chains 0", "--num-chains many", "--chain-length 0", "--gamma 1",
                   "--gradient exact --policy lstm", "--env rps --gradient exact", "--opponent-model",
@@ -33,6 +36,12 @@ BAD = {  # command lines that must end in one line and exit code 2
                 "--delta 0", "--family fo-ppo --e-maml", "--outer promp --inner-grad dice"],
     "tesp": ["--buffer nonsense", "--env ipd", "--env ant_goal", "--num-tasks 0", "--buffer-size 0",
              "--gamma 2", "--inner-steps -1", "--eval-noise -1", "--outer-lr 0"],
+    "coded_maddpg": ["--scheme nonsense", "--env ipd", "--batch-size 0", "--gamma 2", "--seed -1",
+                     "--replay-size 100", "--num-learners 2", "--num-learners 15 --num-agents 16",
+                     "--num-learners 15 --num-agents 7 --scheme ldpc", "--num-learners 3 --num-stragglers 4",
+                     "--num-learners 15 --scheme random --code-p 0.01",
+                     "--num-learners 15 --engine ray --ray-address 127.0.0.1:1",
+                     "--env simple --num-agents 2", "--env simple_tag --num-agents 3 --num-adversaries 3"],
 }
 EVERYWHERE = ["--env nonsense", "--nonsense 3", "--resume missing.pt", "--resume truncated.pt",
               "--resume foreign.pt", "--evaluate foreign.pt", "--device nonsense", "--run-dir occupied"]

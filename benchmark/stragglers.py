@@ -1,0 +1,150 @@
+"""
+Coded MADDPG: the time of an iteration against the number of stragglers, for each scheme.
+
+  python benchmark/stragglers.py                  formula beside the paper's bars, virtual clock: 10 s
+  python benchmark/stragglers.py --processes 30   also real learner processes, 30 updates in each cell: 5 min
+
+Writes benchmark/results/stragglers.csv: part, world, agents, scheme, stragglers, seconds, paper.
+
+paper    seconds per 5 iterations: eq. (13), mean of 400 draws of the stragglers, N = 15 learners, beside the
+         bars of the authors' figures. Their unit and t_s are stated nowhere: both are inferred from the jump
+         of the uncoded bars. T_0 and c are fitted to the bars "uncoded, k = 0" and "mds, k = 0" of each
+         world and M. Bars with a * are copies of another world's in the authors' script.
+formula  seconds per iteration for c = 20 ms, t_s = 250 ms.
+process  the same, measured with processes that sleep out their 20 ms, so that they stand for 15 nodes and not
+         for the cores of this machine. And the median overhead of the engine, with learners that compute
+         nothing and return 1 MiB each: publish, send, receive, decode.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import coded_maddpg as c  # noqa: E402
+
+N, DRAWS, WORK, DELAY = 15, 400, 0.02, 0.25
+SCHEMES = ["uncoded", "mds", "random", "replication", "ldpc"]
+BARS = {  # (world, t_s, stragglers): {M: [centralised, three bars for each of SCHEMES]}; -v: a copied bar
+    ("simple_spread", 0.25, (0, 1, 2)): {
+        8: [5.64, 4.67, 5.73, 5.74, 6.28, 6.29, 6.28,
+            6.09, 6.10, 6.10, 5.17, 5.20, 5.80, 4.92, 4.95, 5.30],
+        10: [9.22, 7.31, 8.58, 8.60, 10.09, 10.35, 10.35,
+             9.83, 9.81, 9.83, 8.39, 8.60, 9.20, 7.76, 8.03, 8.45]},
+    ("simple_tag", 1.0, (0, 2, 4)): {
+        8: [3.92, 3.07, 7.98, 8.01, 4.35, 4.40, 4.38,
+            4.21, 4.18, 4.20, 3.51, 4.64, 6.68, 3.18, 3.71, 5.53],
+        10: [5.85, 4.14, 9.07, 9.12, 6.25, 6.28, 6.30,
+             5.99, 6.00, 6.15, 4.79, 7.91, 9.67, 4.26, 5.02, 7.07]},
+    ("simple_adversary", 1.0, (0, 5, 8)): {
+        8: [3.57, 2.52, 7.52, 7.54, 3.82, 3.80, 9.04,
+            3.66, 3.73, 8.84, 2.91, 6.75, 8.16, 2.65, 6.37, 7.90],
+        10: [5.26, 3.37, 8.34, 8.35, 5.48, 5.45, 10.66,
+             5.07, 5.36, 10.34, 3.94, 9.12, 9.20, 3.57, 7.96, 8.85]},
+    ("simple_push", 1.2, (0, 5, 8)): {
+        8: [4.57, 3.52, 9.52, 9.54, 4.82, 4.80, 11.04,
+            4.66, 4.73, 10.24, 3.91, -6.75, -8.16, 3.65, -6.37, 9.71],
+        10: [6.56, 4.37, 10.34, 10.35, 6.87, 6.87, 12.66,
+             6.43, 6.36, 12.34, 4.42, 10.12, 10.20, 4.52, -7.96, 10.85]},
+}
+
+
+def mean_time(C, k, work, delay):
+    """eq. (13) over draws of the stragglers; a scheme uses its best: k of the learners that have work."""
+    k = min(k, np.count_nonzero(C.any(1)))
+    return float(np.mean([c.arrivals(C, c.slow_ones(C, 1, t, k), work, delay)[1] for t in range(DRAWS)]))
+
+
+def paper_rows():
+    for (world, delay, ks), by_agents in BARS.items():
+        for M, bars in by_agents.items():
+            work = (bars[4] - bars[1]) / (5 * (M - 1))  # of one agent
+            fixed = bars[1] - 5 * work
+            yield "paper", world, M, "centralized", 0, fixed + 5 * M * work, bars[0]
+            for s, scheme in enumerate(SCHEMES):  # the paper's mds is dense; our rounding makes some zeros
+                C = c.chebyshev(N, M) if scheme == "mds" else c.make_code(scheme, N, M, seed=30).C
+                for a, k in enumerate(ks):
+                    bar = bars[1 + 3 * s + a]
+                    yield ("paper", world, M, scheme, k, fixed + 5 * mean_time(C, k, work, delay),
+                           f"{-bar}*" if bar < 0 else bar)
+
+
+def formula_rows():
+    for M in (8, 10):
+        for scheme in [*SCHEMES, "sparse-mds"]:
+            C = c.make_code(scheme, N, M, seed=30).C
+            for k in range(9):
+                yield "formula", "any", M, scheme, k, mean_time(C, k, WORK, DELAY), ""
+
+
+def pool_of(scheme, M, **options):
+    """A running pool and a job for it; the nets are small, and time is what the learners sleep."""
+    options = dict(num_units=8, batch_size=8, agent_seconds=WORK, straggler_delay=DELAY) | options
+    args = c.resolve(c.Args(num_agents=M, num_learners=N, scheme=scheme, seed=30, **options))
+    torch.set_num_threads(1)
+    spec, *_ = c.build(args, c.make_env(args, 1))
+    job = c.Job(*(torch.rand(shape) for shape in c.job_shapes(spec)))
+    return c.make_engine(args, spec), job
+
+
+def measure(scheme, M, k, updates, **options):
+    """Seconds of each of so many updates."""
+    pool, job = pool_of(scheme, M, num_stragglers=k, **options)
+    times = []
+    for t in range(1, updates + 3):
+        begin = time.perf_counter()
+        pool.solve(t, job)
+        times.append(time.perf_counter() - begin)
+    pool.close()
+    return times[2:]
+
+
+def echo(pipe, flat, results, j, code, spec, agent_seconds):
+    """A learner that computes nothing: its answer is ready before the job comes."""
+    s, unit = c.shape(spec), c.grid(spec.clip)[0]
+    size, key = (s.M, s.P_critic + s.P_actor), torch.Generator().manual_seed(0)
+    X = torch.randint(-(2**30), 2**30, size, generator=key).float().double() * unit
+    y = torch.from_numpy(code.C[j]) @ X
+    out = torch.frombuffer(results, dtype=torch.float64).view(len(code.C), -1)[j]
+    pipe.send((0, None))
+    while True:
+        t, _ = pipe.recv()
+        if t > 0:
+            out.copy_(y)
+            pipe.send((t, {i: (0.0, 0.0) for i in range(s.M) if code.C[j, i]}))
+
+
+def overhead(updates=60):
+    """Seconds of updates whose learners compute nothing and return 1 MiB each (160 units, M = 8)."""
+    real, c.learner = c.learner, echo
+    try:
+        return measure("sparse-mds", 8, 0, updates, num_units=160)
+    finally:
+        c.learner = real
+
+
+def process_rows(updates):
+    yield "process", "overhead, 1 MiB", 8, "sparse-mds", 0, float(np.median(overhead())), ""
+    for scheme in [*SCHEMES, "sparse-mds"]:
+        for k in (0, 2, 4, 7):
+            yield "process", "any", 8, scheme, k, float(np.mean(measure(scheme, 8, k, updates))), ""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--processes", type=int, default=0, metavar="UPDATES", help="also measure processes")
+    updates = parser.parse_args().processes
+    rows = [*paper_rows(), *formula_rows(), *(process_rows(updates) if updates else ())]
+    with open(ROOT / "benchmark" / "results" / "stragglers.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["part", "world", "agents", "scheme", "stragglers", "seconds", "paper"])
+        for *row, seconds, paper in rows:
+            writer.writerow([*row, f"{seconds:.4f}", paper])
+            print(f"{' '.join(map(str, row)):46s} {seconds:8.3f} {paper}")
