@@ -63,11 +63,11 @@ def read_result(path):
 
 
 def read_results():
-    """{script: [Result]} and {name: (meta, rows)} of the timings."""
+    """{script: [Result]}, and {name: (meta, rows)} of the other tables: timings."""
     results, speeds = {}, {}
     for path in sorted(RESULTS.glob("*.csv")):
         try:
-            if path.stem.startswith("speed_"):
+            if "seed" not in read_table(path)[1][0]:
                 speeds[path.stem] = read_table(path)
             else:
                 script, result = read_result(path)

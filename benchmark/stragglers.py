@@ -17,15 +17,14 @@ process  the same, measured with processes that sleep out their 20 ms, so that t
 """
 
 import argparse
-import csv
+import datetime
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from run import ROOT, commit, machine, write_result
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import coded_maddpg as c  # noqa: E402
@@ -141,10 +140,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--processes", type=int, default=0, metavar="UPDATES", help="also measure processes")
     updates = parser.parse_args().processes
-    rows = [*paper_rows(), *formula_rows(), *(process_rows(updates) if updates else ())]
-    with open(ROOT / "benchmark" / "results" / "stragglers.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["part", "world", "agents", "scheme", "stragglers", "seconds", "paper"])
-        for *row, seconds, paper in rows:
-            writer.writerow([*row, f"{seconds:.4f}", paper])
-            print(f"{' '.join(map(str, row)):46s} {seconds:8.3f} {paper}")
+    rows = [["part", "world", "agents", "scheme", "stragglers", "seconds", "paper"]]
+    for *row, seconds, paper in [*paper_rows(), *formula_rows(), *(process_rows(updates) if updates else ())]:
+        rows.append([*row, f"{seconds:.4f}", paper])
+        print(f"{' '.join(map(str, row)):46s} {seconds:8.3f} {paper}")
+    write_result(ROOT / "benchmark" / "results" / "stragglers.csv", {
+        "command": f"python benchmark/stragglers.py {' '.join(sys.argv[1:])}".strip(), "machine": machine(),
+        "commit": commit(), "date": datetime.date.today()}, rows)
