@@ -41,6 +41,7 @@ WORLDS = {  # name: (module, class)
     "simple_reference": ("particle", "Reference"),
     "simple_crypto": ("particle", "Crypto"),
     "simple_world_comm": ("particle", "WorldComm"),
+    "uav": ("pursuit", "Pursuit"),
     "wheeled": ("goal_robots", "GoalRobot"),
     "small_ant": ("goal_robots", "GoalRobot"),
     "reacher2": ("goal_robots", "GoalRobot"),

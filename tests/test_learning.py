@@ -5,6 +5,7 @@ import json
 import pytest
 
 import coded_maddpg
+import lemol
 import meta_mapg
 import tesp
 
@@ -46,3 +47,12 @@ def test_coded_maddpg_spreads_out(tmp_path):
     result = final(coded_maddpg, tmp_path, env="simple_spread", total_steps=200_000)
     assert result["eval/return"] > result["eval/random/return"] + 15  # -48 against -74; -41 after a million
     assert result["eval/landmark_distance"] < 0.55 < result["eval/random/landmark_distance"]
+
+
+def test_lemol_foresees_a_new_learner_better_than_a_model_without_learning_state(tmp_path):
+    result = final(lemol, tmp_path, env="simple_push", num_episodes=628, n_opp_cycles=2, om_training_iters=10)
+    assert result["eval/cycle_1/om_ce"] > 1.55  # untrained: ln 5 = 1.61
+    assert result["eval/cycle_2/om_ce"] < 1.46
+    assert result["eval/cycle_2/om_ce"] < result["eval/cycle_2/ablated_ce"] - 0.04
+    assert result["eval/cycle_2/om_acc"] > result["eval/cycle_2/ablated_acc"] + 0.05
+    assert result["eval/cycle_2/return_1/10"] > result["eval/cycle_2/return_1/1"] + 10  # the attacker learns

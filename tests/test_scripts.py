@@ -25,9 +25,13 @@ TINY = {
                  buffer_size=2, eval_tasks=3, num_threads=1, save_every=1),
     "coded_maddpg": dict(env="simple_spread", horizon=5, batch_size=8, num_units=8, learning_starts=20,
                          replay_size=200, num_threads=1, eval_episodes=4, save_every=1),
+    "lemol": dict(env="simple_push", traj_per_iter=2, batch_size=2, segment=2, num_episodes=8,
+                  max_episode_len=4, chunk_length=2, num_units=8, lstm_hidden_dim=4,
+                  episode_embedding_dim=4, in_ep_lstm_dim=4, om_training_iters=1,
+                  num_traj_to_train=2, eval_episodes=2, num_threads=1, save_every=1),
 }
 ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "maml_rl": 4 * 3 * 5 * 2, "tesp": 4 * 3 * 5 * 5,
-             "coded_maddpg": 4 * 5}
+             "coded_maddpg": 4 * 5, "lemol": 2 * 2 * 4}
 BAD = {  # command lines that must end in one line and exit code 2
     "meta_mapg": ["--method nonsense", "--num-chains 0", "--num-chains many", "--chain-length 0", "--gamma 1",
                   "--gradient exact --policy lstm", "--env rps --gradient exact", "--opponent-model",
@@ -42,6 +46,11 @@ BAD = {  # command lines that must end in one line and exit code 2
                      "--num-learners 15 --scheme random --code-p 0.01",
                      "--num-learners 15 --engine ray --ray-address 127.0.0.1:1",
                      "--env simple --num-agents 2", "--env simple_tag --num-agents 3 --num-adversaries 3"],
+    "lemol": ["--env simple_spread", "--env ipd", "--om ep --agent-update-freq 1", "--chunk-length 5000",
+              "--bad-policy ppo", "--bad-policy lemol --good-policy lemol", "--good-policy maddpg_lemol",
+              "--bad-policy maddpg_ddpg --good-policy maddpg_ddpg", "--batch-size 2000", "--gamma 2",
+              "--episode-embedding-dim 3", "--om oracle --fully-decentralise-lemol", "--num-episodes many",
+              "--trajectories truncated.pt", "--traj-per-iter 0"],
 }
 EVERYWHERE = ["--env nonsense", "--nonsense 3", "--resume missing.pt", "--resume truncated.pt",
               "--resume foreign.pt", "--evaluate foreign.pt", "--device nonsense", "--run-dir occupied"]

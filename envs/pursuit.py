@@ -1,0 +1,89 @@
+"""
+A pursuit on a small grid ("uav"): the world that LeMOL's authors had under development, after their code.
+
+Players   agent 0 is the target (the adversary): stay, N, S, E, W, NE, SE, SW, NW. Agent 1 is the UAV: stay,
+          N, S, E, W. Both move at once; who would leave the grid stays at its edge; changing places is no
+          catch.
+Start     the UAV in the first column, the target in the last one, rows at random.
+Reward    same cell after the move: rho for the UAV, -rho for the target, and the row terminates (it rests
+          then, with reward 0). Time is up: rho for the target, -rho for the UAV. Otherwise 0.
+Obs       one-hot row and column of oneself, then of the other, (2 (rows + cols),). The other's are right with
+          probability 1 - nu, else both are wrong. nu: 0.45 for the target, 0.3 for the UAV, and `listening`
+          (0.1) less after a "stay". In the original the first half held the OTHER's true place, so that the
+          noise did not matter; here it is one's own.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# row, column
+MOVES = torch.tensor([[0, 0], [-1, 0], [1, 0], [0, 1], [0, -1], [-1, 1], [1, 1], [1, -1], [-1, -1]])
+
+
+class Pursuit:
+    """B grids, H steps. action[i]: (B,) long, or (B, A_i) float of which the largest counts."""
+
+    discrete, num_agents, num_adversaries = True, 2, 1
+    agents, action_dims, action_splits = ("target", "uav"), (9, 5), ((9,), (5,))
+
+    def __init__(self, name, num_envs, horizon=25, device="cpu", rows=3, cols=3, noise=(0.45, 0.3),
+                 listening=0.1, reward_scale=1.0):
+        if min(horizon, rows - 1, cols - 1) < 1:
+            raise ValueError(f"{name}: needs horizon >= 1 and a grid of at least 2 x 2, not {horizon}, "
+                             f"{rows} x {cols}")
+        if not all(0 <= nu - listening <= nu <= 1 for nu in noise):
+            raise ValueError(f"{name}: noise {noise} and noise - listening ({listening}) must be in [0, 1]")
+        self.num_envs, self.horizon, self.device = num_envs, horizon, device
+        self.size = torch.tensor([rows, cols], device=device)
+        self.noise, self.listening, self.scale = noise, listening, reward_scale
+        self.obs_dims = (2 * (rows + cols),) * 2
+
+    def reset(self, task=None):
+        """`task` is accepted for the contract."""
+        self.t, B = 0, self.num_envs
+        row = self._integers(self.size[0].expand(2, B))
+        column = torch.stack([(self.size[1] - 1).expand(B), torch.zeros_like(row[0])])
+        self.place = torch.stack([row, column], -1)  # (2, B, 2)
+        self.terminated = torch.zeros(B, dtype=torch.bool, device=self.device)
+        return self._obs(torch.zeros(2, B, dtype=torch.bool, device=self.device))
+
+    def step(self, action):
+        action = torch.stack([a.argmax(-1) if a.dim() == 2 else a for a in action])  # (2, B)
+        moved = (self.place + MOVES.to(self.device)[action]).clamp(min=0).minimum(self.size - 1)
+        alive = ~self.terminated
+        self.place = torch.where(alive[:, None], moved, self.place)
+        self.t += 1
+        caught = alive & (self.place[0] == self.place[1]).all(-1)
+        escaped = alive & ~caught & (self.t >= self.horizon)
+        self.terminated = self.terminated | caught
+        target = self.scale * (escaped.float() - caught.float())
+        truncated = torch.full_like(caught, self.t >= self.horizon)
+        return self._obs(action == 0), torch.stack([target, -target], 1), self.terminated, truncated, {}
+
+    def _integers(self, below):
+        """Uniform on 0 .. below - 1, from the CPU's random stream."""
+        return (torch.rand(below.shape).to(self.device) * below).long()
+
+    def _obs(self, stayed):
+        out = []
+        for i in range(2):
+            other = self.place[1 - i]
+            wrong = (other + 1 + self._integers((self.size - 1).expand_as(other))) % self.size
+            nu = self.noise[i] - self.listening * stayed[i].float()
+            lies = torch.rand(self.num_envs).to(self.device) < nu
+            seen = torch.where(lies[:, None], wrong, other)
+            numbers = torch.cat([self.place[i], seen], -1).unbind(-1)  # own row and column, the other's
+            sizes = self.size.tolist() * 2
+            out.append(torch.cat([F.one_hot(n, k) for n, k in zip(numbers, sizes)], -1).float())
+        return tuple(out)
+
+    def render(self, row=0, size=240):
+        """(size, size, 3) uint8: the grid with the UAV (blue) and the target (red) of one row."""
+        frame = torch.full((size, size, 3), 235, dtype=torch.uint8)
+        pixel = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij"), -1)
+        cell = size / self.size.cpu()
+        frame[(pixel % cell < 2).any(-1)] = 160  # lines between the cells
+        for i, (share, colour) in enumerate([(0.35, [200, 40, 40]), (0.2, [30, 60, 200])]):
+            centre = (self.place[i, row].cpu() + 0.5) * cell
+            frame[((pixel - centre) / cell).norm(dim=-1) < share] = torch.tensor(colour, dtype=torch.uint8)
+        return frame.numpy()

@@ -1,0 +1,523 @@
+"""The maths of lemol.py: opponent model, critics and worlds, by hand and by scripted learners."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import lemol
+from lemol import OpponentModel, gumbel, gumbel_softmax
+
+SMALL = dict(env="simple_push", batch_size=4, num_episodes=10, segment=3, traj_per_iter=2, chunk_length=2,
+             num_units=8, max_episode_len=5, lstm_hidden_dim=6, episode_embedding_dim=6, in_ep_lstm_dim=4,
+             num_traj_to_train=2, om_training_iters=1, num_threads=1, eval_episodes=2, n_opp_cycles=2)
+
+
+def match(seed=1, iterations=0, **kw):
+    """A Match after so many iterations, its world and its args."""
+    args = lemol.resolve(lemol.Args(**(SMALL | dict(seed=seed) | kw)))
+    lemol.set_up(args)
+    m = lemol.Match(args, lemol.make_env(args, 1))
+    env = lemol.make_env(args, m.game.runs)
+    for _ in range(iterations):
+        lemol.iterate(m, env, args)
+    return m, env, args
+
+
+def model(kind="ep", obs=3, event=7, splits=(4,), length=5, H=6, E=6, recurrent=True, seed=0, **kw):
+    torch.manual_seed(seed)
+    args = SimpleNamespace(max_episode_len=length, lstm_hidden_dim=H, episode_embedding_dim=E, om=kind,
+                           in_ep_lstm_dim=kw.get("u", 4), recurrent_om_prediction=recurrent)
+    return OpponentModel(kind, obs, event, splits, args)
+
+
+# ---------------------------------------------------------------- the opponent model
+def test_parameter_counts_of_the_paper():
+    count = lambda *nets: sum(p.numel() for net in nets for p in net.parameters())
+    om = model(obs=8, event=20, splits=(5,), length=25, H=64, E=128, u=32)
+    assert count(om.block) == 43_520 + 2 * 4 * 64  # torch has two biases for each gate
+    assert count(om.core) == 49_408 + 4 * 64
+    assert count(om.episode) == 5_248 + 4 * 32
+    assert count(om.head) == 10_693
+    assert om.h0.numel() + om.u0.numel() == 192
+    flat = model("flat", obs=8, event=20, splits=(5,), length=25, H=64)
+    assert count(flat.head) == (72 + 1 + 64 + 1) * 64 + 65 * 5
+    m, _, _ = match(num_units=64)
+    assert {k: v.shape[1] for k, v in m.theta.items() if "target" not in k} == {
+        "actor0": 5_381, "critic0": 6_657, "actor1": 5_765, "critic1": 6_657}
+
+
+@pytest.mark.parametrize("kind", ["ep", "flat"])
+def test_no_event_reaches_the_guess_of_its_own_time(kind):
+    om = model(kind)
+    events, obs = torch.randn(2, 20, 7), torch.randn(2, 20, 3)
+    base, _ = om(events, obs, om.start(2))
+    changed = events.clone()
+    changed[:, 7] += 1  # in block 1, steps 5 to 9
+    logp, _ = om(changed, obs, om.start(2))
+    first = 10 if kind == "ep" else 8
+    assert torch.equal(base[:, :first], logp[:, :first])
+    assert (base[:, first:] - logp[:, first:]).abs().amax(-1).min() > 0
+
+
+def test_an_observation_reaches_only_later_steps_of_its_block():
+    om = model("ep")
+    events, obs = torch.randn(2, 20, 7), torch.randn(2, 20, 3)
+    changed = obs.clone()
+    changed[:, 7] += 1
+    moved = (om(events, obs, om.start(2))[0] - om(events, changed, om.start(2))[0]).abs().amax((0, 2)) > 0
+    assert moved.tolist() == [7 <= t < 10 for t in range(20)]
+
+
+@pytest.mark.parametrize("kind", ["ep", "flat"])
+def test_chunks_with_carried_state_are_one_sequence(kind):
+    om = model(kind)
+    with torch.no_grad():
+        om.h0.normal_()
+    events, obs = torch.randn(2, 30, 7), torch.randn(2, 30, 3)
+    whole, _ = om(events, obs, om.start(2))
+    state, parts, fresh = om.start(2), [], []
+    for t in range(0, 30, 10):
+        logp, state = om(events[:, t : t + 10], obs[:, t : t + 10], state)
+        parts.append(logp)
+        fresh.append(om(events[:, t : t + 10], obs[:, t : t + 10], om.start(2))[0])
+    assert torch.allclose(whole, torch.cat(parts, 1), atol=1e-6)
+    assert not torch.allclose(whole, torch.cat(fresh, 1), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["ep", "flat"])
+def test_only_the_first_chunk_trains_the_initial_state(kind):
+    om, x = model(kind), torch.randn(2, 10, 10)
+    first, state = om(x[..., :7], x[..., 7:], om.start(2))
+    g, = torch.autograd.grad(first.sum(-1).square().sum(), om.h0)
+    assert (g.abs().sum(1) > 0).all()  # h_0 and c_0, both
+    later, _ = om(x[..., :7], x[..., 7:], tuple(s.detach() for s in state))
+    assert torch.autograd.grad(later.square().sum(), om.h0, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("kw", [
+    dict(), dict(recurrent_om_prediction=False), dict(om="ablated"), dict(om="flat", agent_update_freq=3),
+    dict(discrete_actions=True), dict(env="uav"), dict(good_policy="lemol", bad_policy="ddpg"),
+    dict(env="simple_tag"), dict(env="simple_reference"), dict(env="simple_speaker_listener", om="flat")])
+def test_what_is_guessed_in_play_is_what_training_would_guess(kw):
+    m, _, args = match(iterations=1, **kw)
+    with torch.no_grad():  # so that nothing is at its neutral start
+        for p in m.om.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        m.hc = m.om.start(m.game.runs)
+    env = lemol.make_env(args, m.game.runs)
+    for _ in range(2):
+        logs, _ = lemol.iterate(m, env, args)
+    first, i = args.batch_size, m.game.lemol
+    runs = m.game.event(m.replay.data[:, first:, :-1], m.where).flatten(1, 2)
+    with torch.no_grad():
+        ce, hit = lemol.recount(m, m.om, runs)
+    valid = m.curve["valid"][:, first:]
+    assert valid.sum() > 0 and ce.std() > 0
+    assert torch.allclose(ce * valid, m.curve["om_ce"][:, first:] * valid, atol=1e-4)
+    assert torch.equal(hit * valid, m.curve["om_acc"][:, first:] * valid)
+    if args.discrete_actions:
+        guess = m.replay.data[:, first:, :-1, m.where["guess"]]
+        assert torch.equal(guess.max(-1).values, torch.ones_like(valid))
+    assert i in (0, 1) and math.isfinite(float(logs["om/om_acc"]))
+
+
+def scripted(n, num_obs, blocks, length, drift, batch, beta=4.0):
+    """Play of an opponent who learns by a rule: in block m he prefers action (s + m // drift + o) mod n, with
+    an s of his own. A model without memory cannot know s, and so do no better than ln n."""
+    s, o = torch.randint(n, (batch, 1)), torch.randint(num_obs, (batch, blocks * length))
+    prefer = (s + torch.arange(blocks * length) // length // drift + o) % n
+    p = (beta * torch.nn.functional.one_hot(prefer, n).float()).softmax(-1)
+    action = torch.nn.functional.one_hot(torch.multinomial(p.view(-1, n), 1).view(batch, -1), n).float()
+    obs = torch.nn.functional.one_hot(o, num_obs).float()
+    return torch.cat([action, obs], -1), obs, action
+
+
+@pytest.mark.parametrize("kind", ["ep", "ablated"])
+def test_a_scripted_learner_is_foreseen_by_the_learning_state_alone(kind):
+    n, num_obs, blocks, length = 4, 2, 12, 6
+    om = model(kind, obs=num_obs, event=n + num_obs, splits=(n,), length=length, H=32, E=32, u=32)
+    adam = torch.optim.Adam(om.parameters(), 3e-3)
+    for _ in range(400):
+        events, obs, action = scripted(n, num_obs, blocks, length, 3, 32)
+        state = om.start(32)
+        for t in range(0, blocks * length, 4 * length):
+            part = slice(t, t + 4 * length)
+            logp, state = om(events[:, part], obs[:, part], state)
+            adam.zero_grad()
+            lemol.model_loss(logp, action[:, part], torch.ones(logp.shape[:2])).backward()
+            adam.step()
+            state = tuple(x.detach() for x in state)
+    events, obs, action = scripted(n, num_obs, blocks, length, 3, 512)
+    with torch.no_grad():
+        ce = -(om(events, obs, om.start(512))[0] * action).sum(-1)
+    if kind == "ablated":
+        assert ce.mean() > 1.35  # ln 4 = 1.386: stationary, the actions are uniform
+    else:
+        assert ce.mean() < 0.41  # 0.356 is the best with a lag of one block
+        assert abs(ce[:, :length].mean() - math.log(n)) < 0.1  # nothing is known in the first block
+
+
+def test_soft_targets_are_fitted_down_to_the_entropy_of_their_mean():
+    torch.manual_seed(0)
+    logits = torch.tensor([[2.0, 0, 0, 0, 0]])
+    assert lemol.entropy(logits, (5,), False, 100_000).item() == pytest.approx(1.380, abs=0.01)
+    assert lemol.entropy(logits, (5,), True).item() == pytest.approx(1.135, abs=1e-3)
+    om = model("ablated", splits=(5,), recurrent=False)
+    adam, obs = torch.optim.Adam(om.parameters(), 1e-2), torch.zeros(256, 5, 3)
+    for _ in range(200):
+        action = gumbel_softmax(logits, gumbel(256, 5, 5), (5,), 2)
+        loss = lemol.model_loss(om(None, obs, ())[0], action, torch.ones(256, 5))
+        adam.zero_grad(), loss.backward(), adam.step()
+    action = gumbel_softmax(logits, gumbel(20_000, 1, 5), (5,), 2)
+    logp = om(None, obs[:1], ())[0][:, :1].detach()
+    ce = lemol.model_loss(logp.expand_as(action), action, torch.ones(20_000, 1))
+    assert ce == pytest.approx(1.380, abs=0.02)
+    assert logp.exp()[0, 0, 0] == pytest.approx(0.504, abs=0.02)  # not 0.649, the policy's
+
+
+# ---------------------------------------------------------------- actions, oracle
+def test_gumbel_softmax():
+    torch.manual_seed(0)
+    y = gumbel_softmax(torch.tensor([2.0, 0, 0, 0, 0]), gumbel(100_000, 5), (5,))
+    assert (y.argmax(1) == 0).float().mean() == pytest.approx(0.649, abs=0.01)
+    assert y[:, 0].mean() == pytest.approx(0.504, abs=0.01)
+    y = gumbel_softmax(torch.zeros(10, 7), gumbel(10, 7), (5, 2))
+    assert torch.allclose(y[:, :5].sum(1), torch.ones(10)) and torch.allclose(y[:, 5:].sum(1), torch.ones(10))
+    hard = lemol.harden(y, (5, 2))
+    assert torch.equal(hard.sum(1), torch.full((10,), 2.0))
+    assert torch.equal(hard[:, :5].argmax(1), y[:, :5].argmax(1))
+
+
+@pytest.mark.parametrize("p, baseline, before, after, step, rate", [
+    (1.0, 0.0, 25, -1, 3, 1.0), (0.0, 0.0, 25, -1, 3, 0.2), (0.0, 0.55, 25, -1, 3, 0.55 + 0.45 / 5),
+    (0.5, 0.0, 25, -1, 3, 0.5 + 0.5 / 5), (0.5, 0.5, 25, -1, 3, 0.75 + 0.25 / 5),
+    (1.0, 0.0, 3, 99, 3, 0.2), (1.0, 0.0, 4, 99, 3, 1.0)])
+def test_oracle_tells_the_truth_as_often_as_it_should(p, baseline, before, after, step, rate):
+    torch.manual_seed(0)
+    args = SimpleNamespace(om="oracle", discrete_actions=True, lemol_true_action_feed_proportion=p,
+                           lemol_oracle_baseline_acc=baseline, lemol_true_action_feed_before=before,
+                           lemol_true_action_feed_after=after)
+    truth = torch.nn.functional.one_hot(torch.randint(5, (20_000,)), 5).float()
+    told = lemol.feed_truth(truth, step, (5,), args)
+    assert torch.equal(told.sum(1), torch.ones(20_000))
+    assert (told == truth).all(1).float().mean() == pytest.approx(rate, abs=0.015)
+    args.om, args.discrete_actions = "uninformed", False
+    noise = lemol.feed_truth(truth, step, (5,), args)
+    assert noise.mean(0).tolist() == pytest.approx([0.2] * 5, abs=0.01)
+    assert noise.var(0).tolist() == pytest.approx([4 / 150] * 5, abs=0.002)  # of Dirichlet(1)
+
+
+# ---------------------------------------------------------------- critics and actors
+def test_m3ddpg_goes_a_length_eps_down_a_linear_q():
+    w = torch.randn(3, 5, 1, dtype=torch.float64)
+    a = torch.rand(3, 5, 7, dtype=torch.float64)
+    eps = torch.tensor([1e-3, 0.0, 0.5], dtype=torch.float64).view(3, 1, 1)
+    q_of = lambda x: (w * x).sum(1)
+    change = q_of(lemol.adversary(q_of, a, eps)) - q_of(a)
+    assert torch.allclose(change, (-eps * w.norm(dim=1, keepdim=True))[:, 0].expand(3, 7), atol=1e-12)
+
+
+def test_m3ddpg_first_order_drop_of_a_random_critic():
+    torch.manual_seed(0)
+    net = lemol.layers(lemol.xavier(1, (37, 64, 64, 1)), (37, 64, 64, 1))
+    rest, a = torch.randn(1, 32, 1024), torch.rand(1, 5, 1024, requires_grad=True)
+    q_of = lambda x: lemol.mlp(net, torch.cat([rest, x], 1))[:, 0]
+    slope, = torch.autograd.grad(q_of(a).sum(), a)
+    worse = q_of(lemol.adversary(q_of, a, torch.full((1, 1, 1), 1e-3))) - q_of(a)
+    assert worse.mean().item() == pytest.approx(-1e-3 * slope.norm(dim=1).mean().item(), rel=0.02)
+    assert (worse < 1e-7).all()
+    flat = lemol.adversary(lambda x: 0 * x.sum(1), a, torch.full((1, 1, 1), 1e-3))
+    assert torch.equal(flat, a)
+
+
+def test_m3ddpg_with_eps_0_is_maddpg_and_its_released_actor_too():
+    def weights(**kw):
+        return match(iterations=3, bad_policy="maddpg", **kw)[0].theta
+
+    plain, none = weights(good_policy="maddpg"), weights(good_policy="mmmaddpg", adv_eps=0.0)
+    code = weights(good_policy="mmmaddpg", adv_eps=0.5)
+    paper = weights(good_policy="mmmaddpg", adv_eps=0.5, m3_actor="paper")
+    assert all(torch.equal(plain[k], none[k]) for k in plain)
+    assert not torch.equal(plain["critic1"], code["critic1"])
+    assert not torch.equal(code["actor1"], paper["actor1"])
+    assert not torch.equal(plain["actor1"], code["actor1"])  # through its critic
+
+
+@pytest.mark.parametrize("mode", ["central", "local", "alone"])
+def test_critic_target_by_hand(mode, monkeypatch):
+    kw = {"central": None, "local": "decentralise_lemol_obs", "alone": "fully_decentralise_lemol"}[mode]
+    kw = {kw: True} if kw else {}
+    m, _, args = match(iterations=2, **kw)
+    monkeypatch.setattr(lemol, "gumbel", lambda *shape, device: torch.zeros(shape))
+    now, after = m.replay.sample(args.batch_size)
+    obs = after[:, m.where["obs"]]
+    got = lemol.target_actions(m, 0, after)
+    q = m.q(m.theta["critic0_target"], 0, obs, got)
+    y = lemol.critic_target(now[:, m.where["reward"].start], now[:, m.where["done"].start], q, args.gamma)
+    for r in range(m.game.runs):
+        net = lambda name, x, r=r: by_hand(m.theta[name][r], m.sizes[name.replace("_target", "")], x)
+        for b in range(args.batch_size):
+            o0, o1 = after[r, :8, b], after[r, 8:27, b]
+            if mode == "alone":
+                u = after[r, m.where["mind"], b].chunk(2)
+                logp, _ = m.om.predict(o0[None], m.om.remember(m.hc[0][r : r + 1]), tuple(x[None] for x in u))
+                other = logp.exp()[0].detach()
+            else:
+                other = net("actor1_target", o1).softmax(0)
+            mine = net("actor0_target", torch.cat([o0, other])).softmax(0)
+            seen = torch.cat([o0, o1 * (mode == "central"), mine, other])
+            d, reward = now[r, m.where["done"].start, b], now[r, m.where["reward"].start, b]
+            want = reward + 0.95 * (1 - d) * net("critic0_target", seen)[0]
+            assert y[r, b] == pytest.approx(want.item(), abs=1e-5)
+    done = now[:, m.where["done"].start] == 1
+    assert done.any() and torch.equal(y[done], now[:, m.where["reward"].start][done])
+
+
+def by_hand(flat, sizes, x):
+    """A network from its line of numbers."""
+    at = 0
+    for k, (n, m) in enumerate(zip(sizes[:-1], sizes[1:])):
+        w, b = flat[at : at + n * m].view(m, n), flat[at + n * m : at + n * m + m]
+        x, at = w @ x + b, at + n * m + m
+        x = x.relu() if k + 2 < len(sizes) else x
+    return x
+
+
+def test_clipping_is_by_run_and_tensor():
+    sizes = (2, 3, 1)
+    counts = [6, 3, 3, 1]
+    grad = torch.randn(2, 13) * torch.tensor([[10.0], [0.01]])
+    out = lemol.clip_each(grad, sizes)
+    assert torch.allclose(out[1], grad[1])
+    for a, b in zip(out[0].split(counts), grad[0].split(counts)):
+        assert torch.allclose(a, b * min(1, 0.5 / b.norm().item()), atol=1e-6)
+    assert lemol.xavier(2, sizes).shape == (2, 13)
+
+
+def test_stacked_runs_are_separate_runs(monkeypatch):
+    """Three runs side by side and each of them alone: the same start, noise and minibatches, 20 updates."""
+    m, _, args = match(iterations=2, traj_per_iter=3, good_policy="maddpg", lr=0.1)
+    pieces = []
+    for r in range(3):
+        one, _, one_args = match(iterations=0, traj_per_iter=1, good_policy="maddpg", lr=0.1)
+        for k in one.theta:
+            one.theta[k].copy_(m.theta[k][r : r + 1])
+        for k in ("data", "index", "count"):
+            getattr(one.replay, k).copy_(getattr(m.replay, k)[r : r + 1])
+        for k in one.sizes:  # nothing of the past in the optimisers
+            one.adam[k].state.clear(), m.adam[k].state.clear()
+        pieces.append((one, one_args))
+    m.replay.data[..., m.where["reward"]] *= 50  # gradients above the clipping norm
+    for one, _ in pieces:
+        one.replay.data[..., m.where["reward"]] *= 50
+    draws, true_rand = {}, torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *s: draws["next"](s[0] if len(s) == 1 else s))
+    for step in range(20):
+        def of_runs(shape, runs, step=step):
+            """Random numbers that belong to a run, whoever asks."""
+            draws["count"] += 1
+            seeds = [1000 * step + 17 * run + draws["count"] for run in runs]
+            streams = [torch.Generator().manual_seed(k) for k in seeds]
+            return torch.stack([true_rand(*shape[1:], generator=g) for g in streams])
+
+        for j in (0, 1):
+            draws.update(count=0, next=lambda s, of_runs=of_runs: of_runs(s, range(3)))
+            lemol.learn(m, j, args)
+            for r, (one, one_args) in enumerate(pieces):
+                draws.update(count=0, next=lambda s, r=r, of_runs=of_runs: of_runs(s, [r]))
+                lemol.learn(one, j, one_args)
+    for k in m.theta:
+        for r, (one, _) in enumerate(pieces):
+            assert torch.allclose(m.theta[k][r], one.theta[k][0], atol=1e-4, rtol=1e-4), k
+
+
+def test_ddpg_is_blind_to_the_other_and_runs_may_differ():
+    m, env, args = match(iterations=2, good_policy="maddpg_ddpg_mmmaddpg")
+    assert m.game.runs == 6 and m.game.kinds[1] == ("maddpg",) * 2 + ("ddpg",) * 2 + ("mmmaddpg",) * 2
+    obs, a = torch.randn(6, 27, 4), [torch.rand(6, 5, 4), torch.rand(6, 5, 4)]
+    q = m.q(m.theta["critic1"], 1, obs, a)
+    obs[:, :8], a[0] = 0, torch.zeros(6, 5, 4)
+    changed = (m.q(m.theta["critic1"], 1, obs, a) - q).abs().amax(1) > 0
+    assert changed.tolist() == [True] * 2 + [False] * 2 + [True] * 2
+    assert m.eps[1].flatten().tolist() == pytest.approx([0] * 4 + [1e-3] * 2) and m.eps[0] is None
+    used = lemol.xavier(2, (100, 20), torch.tensor([100.0, 10.0]))[:, :2000]
+    assert used.abs().amax(1).tolist() == pytest.approx([math.sqrt(6 / 120), math.sqrt(6 / 30)], rel=0.02)
+
+
+def test_targets_follow_and_start_where_they_should():
+    m, _, args = match(polyak=1e-4)
+    assert all(torch.equal(m.theta[k], m.theta[f"{k}_target"]) for k in m.sizes)
+    target, online = torch.zeros(1), torch.ones(1)
+    for _ in range(10_000):
+        target.lerp_(online, 1e-4)
+    assert target.item() == pytest.approx(0.632139, abs=1e-3)
+    lemol.iterate(m, lemol.make_env(args, 2), args)
+    before = {k: v.clone() for k, v in m.theta.items()}
+    lemol.learn(m, 0, args)
+    for k in ("actor0", "critic0"):
+        want = (1 - 1e-4) * before[f"{k}_target"] + 1e-4 * m.theta[k]
+        assert torch.allclose(m.theta[f"{k}_target"], want, atol=1e-7)
+        assert not torch.equal(before[k], m.theta[k])
+    assert all(torch.equal(before[k], m.theta[k]) for k in before if "1" in k)
+    released, _, args = match(compat=True)
+    assert args.polyak == 1e-4
+    assert not any(torch.equal(released.theta[k], released.theta[f"{k}_target"]) for k in released.sizes)
+
+
+def test_compat_updates_after_the_first_step_and_keeps_moments(monkeypatch):
+    when = {}
+    for compat in (False, True):
+        m, env, args = match(compat=compat, iterations=1)
+        when[compat], learn = [], lemol.learn
+        note = lambda *a, env=env, compat=compat, learn=learn: (when[compat].append(env.t), learn(*a))[1]
+        monkeypatch.setattr(lemol, "learn", note)
+        lemol.iterate(m, env, args)
+        monkeypatch.undo()
+        assert m.adam["actor0"].state
+        m.restart()
+        assert bool(m.adam["actor0"].state) == compat
+    assert when == {False: [0, 0] * 3, True: [1, 1] * 3}
+
+
+# ---------------------------------------------------------------- play
+def test_no_gradient_crosses_between_model_and_players():
+    m, env, args = match(iterations=2)
+    before = [p.clone() for p in m.om.parameters()]
+    lemol.iterate(m, env, args)
+    assert all(p.grad is None for p in m.om.parameters())
+    assert all(map(torch.equal, before, m.om.parameters()))  # frozen while they play
+    assert m.episode == args.num_episodes
+    players = {k: v.clone() for k, v in m.theta.items()}
+    logs = lemol.train_models(m, args)
+    assert all(torch.equal(players[k], m.theta[k]) for k in players)
+    assert not any(map(torch.equal, before, m.om.parameters())) and len(logs) == 2
+    lemol.iterate(m, env, args)
+    assert not any(torch.equal(players[k], m.theta[k]) for k in ("actor0", "critic0", "actor1", "critic1"))
+    assert not any(m.adam[k].state for k in m.sizes)  # the next cycle's players are new
+
+
+@pytest.mark.parametrize("kw", [
+    dict(om="flat", chunk_length=3, agent_update_freq=1), dict(om="flat", agent_update_freq=2, compat=True),
+    dict(om="ablated", recurrent_om_prediction=False), dict(good_policy="lemol", bad_policy="ddpg_mmmaddpg"),
+    dict(env="simple_reference", fully_decentralise_lemol=True, discrete_actions=True),
+    dict(om="naive_online", fully_decentralise_lemol=True), dict(om="oracle"), dict(bad_policy="maddpg"),
+    dict(env="uav", m3_actor="paper", good_policy="maddpg_mmmaddpg", bootstrap_at_limit=True)])
+def test_every_kind_of_run_trains(kw):
+    m, env, args = match(iterations=2, **kw)
+    first = {k: v.clone() for k, v in m.theta.items()}
+    phi = [p for om in m.models.values() for p in om.parameters()]
+    before = [p.clone() for p in phi]
+    logs = [lemol.iterate(m, env, args)[0] for _ in range(3)]  # over the end of a cycle
+    assert not any(torch.equal(first[k], m.theta[k]) for k in first)
+    assert not any(map(torch.equal, before, phi))
+    assert all(math.isfinite(float(v)) for log in logs for v in log.values())
+
+
+def test_replay_successor_is_the_next_row():
+    m, env, args = match(iterations=2)
+    where, L = m.where, args.max_episode_len
+    now, after = m.replay.sample(2000)
+    data = m.replay.data[:, : m.replay.episodes]
+    assert m.replay.episodes == 7 and m.replay.count.flatten().tolist() == [7 * L] * 2
+    ends = (torch.arange(L) == L - 1).float().expand(2, 7, L)
+    assert torch.equal(data[:, :, :L, where["done"]][..., 0], ends)
+    last = now[:, where["done"].start] == 1
+    # x <- x + 0.1 v', own velocity first in the observation: the successor's explains how the landmarks move
+    for r in range(2):
+        moved = now[r, 2:4] - after[r, 2:4]
+        assert torch.allclose(moved, 0.1 * after[r, :2], atol=1e-5)
+    assert last.any()
+
+
+def test_early_ends_are_masked():
+    m, *_ = match(iterations=3, env="uav", max_episode_len=8, num_episodes=30, batch_size=20, segment=5)
+    where, L = m.where, 8
+    data = m.replay.data[:, : m.replay.episodes, :L]
+    done, valid = data[..., where["done"]][..., 0], data[..., where["valid"]][..., 0]
+    assert torch.equal(valid[..., 1:], valid[..., :-1] * (1 - done[..., :-1])) and (valid[..., 0] == 1).all()
+    assert 0 < valid.mean() < 1
+    assert torch.equal(m.replay.count[:, 0], valid.flatten(1).sum(1).long())
+    now, _ = m.replay.sample(500)
+    assert (now[:, where["valid"]] == 1).all()
+    event = m.game.event(data, where)
+    assert (event[valid == 0] == 0).all() and (event[valid == 1][:, -1] == 1).all()
+
+
+def test_trajectories_are_written_and_read(tmp_path):
+    file = str(tmp_path / "runs.npz")
+    m, env, args = match(iterations=3, trajectories=file)
+    with np.load(file) as data:
+        assert data["runs"].shape == (2, 6 * 5, 5 + 8 + 5 + 2 + 1)
+        assert np.array_equal(data["runs"], torch.cat(m.pool).numpy())
+    again, env, args = match(iterations=3, trajectories=file)
+    assert len(again.pool) == 2 and torch.equal(again.pool[0], m.pool[0])
+    # trained before its first cycle
+    assert not all(map(torch.equal, m.om.parameters(), again.om.parameters()))
+    with pytest.raises(SystemExit):
+        match(trajectories=file, num_episodes=12)
+
+
+# ---------------------------------------------------------------- worlds
+def test_reference_values_of_simple_push():
+    args = lemol.resolve(lemol.Args())
+    env = lemol.make_env(args, 20_000)
+    assert env.obs_dims == (8, 19) and env.action_dims == (5, 5) and env.horizon == 25
+    torch.manual_seed(0)
+    env.reset()
+    still = torch.zeros(20_000, 5)
+    still[:, 0] = 1
+    total = sum(env.step([still, still])[1] for _ in range(25)).mean(0)
+    assert total.tolist() == pytest.approx([0.04, -26.07], abs=0.4)
+    env = lemol.make_env(args, 2)
+    env.reset()
+    start = env.state()["pos"]
+    env.set_state({"pos": start + 10 * np.arange(start.shape[1])[None, :, None]})  # nobody touches
+    start, right = env.state()["pos"], torch.tensor([[0.0, 1, 0, 0, 0]] * 2)
+    for k in range(1, 26):
+        obs, *_ = env.step([right, right])
+        assert obs[0][:, 0].tolist() == pytest.approx([2 * (1 - 0.75**k)] * 2, abs=1e-5)
+        moved = (env.state()["pos"] - start)[:, 0, 0]
+        assert moved.tolist() == pytest.approx([0.2 * k - 0.6 * (1 - 0.75**k)] * 2, abs=1e-6)
+
+
+def test_pursuit_rules():
+    env = envs.make("uav", 1000, horizon=3)
+    torch.manual_seed(0)
+    obs = env.reset()
+    assert env.obs_dims == (12, 12) and (env.place[0, :, 1] == 2).all() and (env.place[1, :, 1] == 0).all()
+    for i in (0, 1):  # the first half is one's own place
+        assert torch.equal(obs[i][:, :3].argmax(1), env.place[i, :, 0])
+        assert torch.equal(obs[i][:, 3:6].argmax(1), env.place[i, :, 1])
+    right = (obs[1][:, 6:9].argmax(1) == env.place[0, :, 0]) & (obs[1][:, 9:].argmax(1) == env.place[0, :, 1])
+    wrong = (obs[1][:, 6:9].argmax(1) != env.place[0, :, 0]) & (obs[1][:, 9:].argmax(1) != env.place[0, :, 1])
+    assert (right | wrong).all() and right.float().mean() == pytest.approx(0.7, abs=0.05)
+    stay = torch.zeros(1000, dtype=torch.long)
+    obs, *_ = env.step([stay, stay])  # listening
+    right = (obs[0][:, 6:9].argmax(1) == env.place[1, :, 0]) & (obs[0][:, 9:].argmax(1) == env.place[1, :, 1])
+    assert right.float().mean() == pytest.approx(0.65, abs=0.05)
+    env.reset()
+    env.place = torch.tensor([[0, 1], [0, 0]])[:, None].expand(2, 1000, 2).clone()
+    *_, reward, terminated, truncated, _ = env.step([stay + 4, stay + 3])  # W and E: they change places
+    assert (reward == 0).all() and not terminated.any() and not truncated.any()
+    *_, reward, terminated, _, _ = env.step([stay, stay + 4])  # the UAV goes W, to the target
+    assert (reward == torch.tensor([-1.0, 1.0])).all() and terminated.all()
+    *_, reward, terminated, truncated, _ = env.step([stay + 1, stay + 2])  # rests
+    assert (reward == 0).all() and terminated.all() and truncated.all()
+    assert (env.place[0] == env.place[1]).all()
+    env.reset()
+    for _ in range(3):
+        *_, reward, terminated, truncated, _ = env.step([stay, stay])
+    assert (reward == torch.tensor([1.0, -1.0])).all() and truncated.all() and not terminated.any()
+
+
+@pytest.mark.parametrize("kw, words", [
+    (dict(agent_update_freq=1), "--om flat"), (dict(chunk_length=7), "longer than a run"),
+    (dict(env="simple_crypto"), "has 3 players"), (dict(good_policy="lemol"), "one side")])
+def test_bad_input_says_what_is_wrong(kw, words, capsys):
+    with pytest.raises(SystemExit):
+        match(**kw)
+    assert words in capsys.readouterr().err
