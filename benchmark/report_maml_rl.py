@@ -109,7 +109,8 @@ def figure(title, results):
             if tag in result.curves:
                 x, y, low, high = mean_curve(result, tag)
                 left.plot(x, y, color=color, lw=lw)
-                left.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
+                if lw > 1 and low != high:
+                    left.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
         right.errorbar(range(4), mean, half, color=color, lw=2, capsize=2, label=f"{method(result)} ({over})")
         if paper := paper_row(result):
             right.plot(paper, color=color, marker="o", ls=":", lw=0.8, mfc="white",
@@ -119,7 +120,8 @@ def figure(title, results):
     if 2 * low - high < min(mean):  # not so far below that it flattens the rest; the table has it in any case
         right.errorbar(range(4), mean, half, color="k", lw=1, capsize=2, label=f"random start ({over})")
     start = sorted(y for line in left.lines for y in line.get_ydata())
-    left.set_ylim(start[len(start) // 12], None)  # the first iterations, far below, would flatten the rest
+    if start[-1] - start[0] > 2 * (start[-1] - start[len(start) // 12]):
+        left.set_ylim(start[len(start) // 12], None)  # the first iterations, far below, would flatten the rest
     left.set_xlabel("environment steps, millions")
     left.set_ylabel("return, training tasks: before (thin), after 1 step")
     right.set_xlabel("inner steps")
