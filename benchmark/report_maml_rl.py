@@ -121,7 +121,7 @@ def figure(title, results):
         right.errorbar(range(4), mean, half, color="k", lw=1, capsize=2, label=f"random start ({over})")
     start = sorted(y for line in left.lines for y in line.get_ydata())
     if start[-1] - start[0] > 2 * (start[-1] - start[len(start) // 12]):
-        left.set_ylim(start[len(start) // 12], None)  # the first iterations, far below, would flatten the rest
+        left.set_ylim(start[len(start) // 12], None)  # the first iterations would flatten the rest
     left.set_xlabel("environment steps, millions")
     left.set_ylabel("return, training tasks: before (thin), after 1 step")
     right.set_xlabel("inner steps")
