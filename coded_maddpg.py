@@ -50,7 +50,7 @@ Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor 
              python coded_maddpg.py --env simple_spread --num-learners 15 --scheme mds-paper --engine inline
              python coded_maddpg.py --env simple_spread --num-learners 15 --engine ray --ray-address auto
              python coded_maddpg.py --evaluate runs/x/checkpoint.pt --capture-video      # the table and a GIF
-  Expect     simple_spread, 40,000 episodes: return -41, summed over agents (two seeds; random: -74).
+  Expect     simple_spread, 40,000 episodes: return -41, summed over agents (three seeds; random: -74).
              With learners the result is that without, bit by bit, whatever dies (one thread each).
   Licence    MIT. Please cite the papers above for the methods.
 """

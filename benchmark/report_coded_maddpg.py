@@ -22,7 +22,7 @@ def coded(result):
 
 def title(result):
     flags = result.flags
-    learners = f", {flags['num-learners']} learners, {flags.get('num-stragglers', 0)} stragglers"
+    learners = f", {flags.get('num-learners')} learners, {flags.get('num-stragglers', 0)} stragglers"
     return f"{flags['env']}, M = {agents(result)}" + learners * coded(result)
 
 
