@@ -885,8 +885,8 @@ class LocalPool(Pool):
 
     def start(self, j):
         self.pipe[j], theirs = self.context.Pipe()
-        todo = (theirs, self.flat, self.results, j, self.code, self.spec, self.args.agent_seconds)
-        self.process[j] = self.context.Process(target=learner, args=todo, daemon=True)
+        given = (theirs, self.flat, self.results, j, self.code, self.spec, self.args.agent_seconds)
+        self.process[j] = self.context.Process(target=learner, args=given, daemon=True)
         self.process[j].start()
         theirs.close()
 

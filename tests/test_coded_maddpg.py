@@ -555,10 +555,10 @@ MISSING = ("update 3 is undecodable: learners [0, 1, 2, 3, 4, 5, 6, 7] are gone,
 LEARNER = c.learner
 
 
-def late(*todo):
+def late(*given):
     """A learner that takes its time to start: so no killed one is back before all are found dead."""
     time.sleep(1)
-    LEARNER(*todo)
+    LEARNER(*given)
 
 
 @pytest.fixture
