@@ -92,8 +92,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional, get_args
 
-# Threads that wait do not spin, large pages for torch, and no freed memory given back by glibc.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Large pages for torch, and no freed memory given back by glibc.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 with contextlib.suppress(Exception):
     ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
@@ -113,7 +112,7 @@ KINDS, MODELS = ("lemol", "maddpg", "ddpg", "mmmaddpg"), ("ep", "flat", "ablated
 
 # What an argument left at None becomes
 PAPER = dict(num_episodes=11_024, batch_size=1024, n_opp_cycles=10, traj_per_iter=3, chunk_length=64,
-             om_training_iters=5, num_traj_to_train=8, omlr=1e-3, segment=100, num_threads=1, eval_every=0,
+             om_training_iters=5, num_traj_to_train=8, omlr=1e-3, segment=100, num_threads=2, eval_every=0,
              eval_episodes=100, save_every=101)
 QUICK = PAPER | dict(num_episodes=1128, batch_size=128, n_opp_cycles=4, traj_per_iter=8, chunk_length=20,
                      omlr=2e-3, segment=50, save_every=21)  # [D9]
