@@ -6,7 +6,7 @@ and the paper's readings of the ant. Used by plot.py.
 import matplotlib.pyplot as plt
 from report import below, facts, markdown, minutes, other_flags, over_seeds, slug, svg
 
-# The supplement's figure of the ant without noise, read off: iterations -> return after 3 updates on D, D', D''
+# The supplement's figure of the ant without noise, read off: iterations -> after 3 updates on D, D', D''
 PAPER = {"small_ant": {100: (-29, -31, -82), 200: (-16.5, -18, -55), 600: (-13, -14.5, -42)}}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#7F7F00", "#999999")
 RUN = ("env", "num-threads", "eval-every", "total-steps")
