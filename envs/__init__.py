@@ -46,6 +46,11 @@ WORLDS = {  # name: (module, class)
     "small_ant": ("goal_robots", "GoalRobot"),
     "reacher2": ("goal_robots", "GoalRobot"),
     "reacher4": ("goal_robots", "GoalRobot"),
+    "cheetah_dir": ("multi_agent_mujoco", "CheetahDir"),
+    "hopper_param": ("multi_agent_mujoco", "HopperParam"),
+    "two_agent_half_cheetah": ("multi_agent_mujoco", "TwoAgentHalfCheetah"),
+    "rware": ("warehouse", "Warehouse"),
+    "gather": ("battle", "Gather"),
 }
 
 
