@@ -56,7 +56,7 @@ LeMOL: an opponent model that learns how its opponent learns.
              [D8] uav: each player sees its own place and a noisy one of the other; what follows an early end
                   is masked, and blocks stay whole episodes.
              [D9] --profile quick is ours: 8 runs, B = 128, 4 cycles of 1128 episodes.
-  Run        python lemol.py --env simple_push                               # quick: 2 to 3 min on one core
+  Run        python lemol.py --env simple_push                               # quick: 1.5 min
              python lemol.py --env simple_push --profile paper               # the paper's scale: hours
              python lemol.py --env simple_push --om ablated                  # the paper's ablation
              python lemol.py --env simple_push --om oracle --lemol-true-action-feed-proportion 0.8

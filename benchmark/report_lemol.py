@@ -92,7 +92,7 @@ def models(axes, result):
 
 
 def returns(ax, results):
-    """Return of agent 0 along both sides' learning, in the last cycle of each method; intervals at the end."""
+    """Return of agent 0 along both sides' learning, in each method's last cycle; intervals at the end."""
     for result in results:
         mean, half = along(result, "return_0", cycles(result))
         x, color = range(1, len(mean) + 1), STYLE[method(result)]
