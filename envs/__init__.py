@@ -46,6 +46,10 @@ WORLDS = {  # name: (module, class)
     "small_ant": ("goal_robots", "GoalRobot"),
     "reacher2": ("goal_robots", "GoalRobot"),
     "reacher4": ("goal_robots", "GoalRobot"),
+    "spread": ("targets", "Spread"),
+    "spread_large": ("targets", "Spread"),
+    "hunting": ("targets", "Hunting"),
+    "hunting_large": ("targets", "Hunting"),
 }
 
 
