@@ -50,6 +50,11 @@ WORLDS = {  # name: (module, class)
     "spread_large": ("targets", "Spread"),
     "hunting": ("targets", "Hunting"),
     "hunting_large": ("targets", "Hunting"),
+    "cheetah_dir": ("multi_agent_mujoco", "CheetahDir"),
+    "hopper_param": ("multi_agent_mujoco", "HopperParam"),
+    "two_agent_half_cheetah": ("multi_agent_mujoco", "TwoAgentHalfCheetah"),
+    "rware": ("warehouse", "Warehouse"),
+    "gather": ("battle", "Gather"),
 }
 
 

@@ -1,0 +1,186 @@
+"""
+Robots with several drivers, each of whom moves some of the joints: batched MuJoCo (the Simulator of
+envs/mujoco.py) with gymnasium's own model files, factorised as in MaMuJoCo (Peng et al., 2021,
+arXiv:2003.06709; gymnasium-robotics' mamujoco_v1).
+
+World                    Drivers (their actions, in this order)      Observes               Task
+cheetah_dir              2: bthigh, bshin, bfoot; fthigh, fshin,     (6): q, v of bfoot,    d = -1 or +1
+                         ffoot (back leg, front leg)                 bshin, bthigh; f...
+hopper_param             3: thigh; leg; foot                         (2): q, v of its own   4 multipliers
+two_agent_half_cheetah   2: as cheetah_dir                           (17): qpos without x,  d
+                                                                     qvel, for both
+
+cheetah_dir and hopper_param are two worlds of MG2L (Zhao et al., 2025): in MaMuJoCo's words "2x3" and "3x1"
+with agent_obsk=0 and global_categories=(): nobody observes the torso. Hopper's v is cut to [-10, 10], as in
+v5. two_agent_half_cheetah is the third game of Meta-MAPG (Kim et al., 2021, arXiv:2011.00382).
+
+Reward    the same for every driver; a: what all of them ask for, u: a clipped to [-1, 1], the motors' range.
+          cheetah_dir d vx - 0.1 |a|^2, two_agent_half_cheetah d vx - 0.1 |u|^2, hopper_param
+          vx + 1[healthy] - 0.001 |a|^2: each as its authors have it; two pay for more than they get.
+Time      5 physics steps of 0.01 s (hopper: 4 of 0.002 s) a move. H = 1000 (two_agent_half_cheetah: 200).
+Start     cheetahs: qpos + U(-0.1, 0.1), qvel + 0.1 N(0, 1); hopper: U(-0.005, 0.005) on both; from torch's
+          global CPU stream.
+End       hopper: height <= 0.7, |angle| >= 0.2, or any other number beyond 100. Cheetahs: never. A row that
+          diverges ends as well, see envs/mujoco.py. No autoreset: the authors' Hopper starts anew within its
+          1000 steps, this one rests.
+Tasks     cheetah_dir: both directions, in both splits. hopper_param: what multiplies body_mass, dof_damping,
+          geom_friction (all three columns) and body_inertia, all bodies alike, each U(0.5, 1.5): 50 vectors
+          for "train", 10 others for "test", the same in every run (numpy's default_rng(0), default_rng(1));
+          reset() takes any positive ones. The authors multiply the model they have just used, so that their
+          parameters drift from reset to reset; here it is always the file's numbers that are multiplied, and
+          what MuJoCo derives from them (mj_setConst) is derived anew.
+          two_agent_half_cheetah: reset(task) takes d; without it, d = `direction`, +1 unless told otherwise
+          (-1: the peers of the paper have learnt to run to the left). Whom one plays with is the script's.
+
+Solver    it starts each env step from zero, see envs/mujoco.py.
+"""
+
+import copy
+import os
+
+import mujoco
+import numpy as np
+import torch
+
+from .mujoco import ASSETS, Locomotion, Simulator
+from .navigation import check_task
+
+FIELDS = "body_mass", "dof_damping", "geom_friction", "body_inertia"  # in the order of a Hopper's task
+
+
+class Drivers(Locomotion):
+    """What the worlds share: B bodies, H steps, N drivers. reset(task) takes (B, D) tasks, one a row; without
+    them it draws training tasks."""
+
+    frame_skip, default_horizon = 5, 1000
+
+    def __init__(self, name, num_envs, horizon=None, device="cpu", threads=None):
+        self.name, self.num_envs, self.device = name, num_envs, device
+        self.horizon = self.default_horizon if horizon is None else horizon
+        if self.horizon < 1:
+            raise ValueError(f"{name}: horizon must be at least 1, not {horizon}")
+        model = mujoco.MjModel.from_xml_path(os.path.join(ASSETS, self.xml))
+        self.sim, self.screen = Simulator(model, num_envs, self.frame_skip, threads), None
+        self.num_agents, self.task_dim = len(self.action_dims), self.tasks["train"].shape[1]
+
+    def reset(self, task=None, part=None):  # part: see envs.mujoco
+        self.task = check_task(task, self).cpu().double().numpy()  # (B, D)
+        B, model = self.num_envs, self.sim.model
+        first, total = part or (0, B)
+        qpos, qvel = self._noise(total, model.nq, model.nv)
+        qpos, qvel = model.qpos0 + qpos[first : first + B], qvel[first : first + B]
+        self.state = np.concatenate([np.zeros((B, 1)), qpos, qvel], axis=1)  # (B, S): time, qpos, qvel
+        self.t, (self.terminated, self.diverged) = 0, np.zeros((2, B), bool)
+        return self._observe()
+
+    def step(self, action):
+        wanted, given = [(self.num_envs, n) for n in self.action_dims], [tuple(a.shape) for a in action]
+        if given != wanted:
+            raise ValueError(f"action must be {wanted}, one for each agent, not {given}")
+        rows = np.flatnonzero(~self.terminated)  # (n,): only who is alive costs physics
+        a = torch.cat(list(action), dim=1).detach().cpu().double().numpy()[rows]  # (n, U)
+        u, before = np.clip(a, -1, 1), self.state[rows]
+        after, diverged = self.sim.step(before, u, rows)  # (n, S), (n,)
+        after = self.state[rows] = np.where(diverged[:, None], before, after)
+        v = (after[:, 1] - before[:, 1]) / self.sim.dt
+        reward, self.t = np.zeros(self.num_envs), self.t + 1
+        with np.errstate(invalid="ignore", over="ignore"):  # of a NaN action, whose row has diverged
+            reward[rows] = np.where(diverged, 0, self._reward(v, a, u, after, self.task[rows]))
+        self.diverged[rows], self.terminated[rows] = diverged, diverged | ~self._healthy(after)
+        truncated = np.full(self.num_envs, self.t >= self.horizon)
+        reward = np.repeat(reward[:, None], self.num_agents, axis=1)  # (B, N)
+        return (self._observe(), self._tensor(reward, torch.float32),
+                *(self._tensor(flag, torch.bool) for flag in (self.terminated, truncated)),
+                {"diverged": self._tensor(self.diverged, torch.bool)})
+
+    def _observe(self):
+        """A tuple over the drivers. self.columns[i] are the columns of state that i sees."""
+        return tuple(self._tensor(self._cut(self.state[:, c]), torch.float32) for c in self.columns)
+
+    def _cut(self, seen):
+        return seen
+
+    def _noise(self, n, nq, nv):
+        """qpos (n, nq) and qvel (n, nv) about the model's own start."""
+        qpos = 0.2 * torch.rand(n, nq, dtype=torch.float64).numpy() - 0.1
+        return qpos, 0.1 * torch.randn(n, nv, dtype=torch.float64).numpy()
+
+    def all_tasks(self, split="train"):
+        """(K, D) float32: all tasks of the split, always in the same order."""
+        if split not in self.tasks:
+            raise ValueError(f"split must be one of {', '.join(self.tasks)}, not {split!r}")
+        return torch.tensor(self.tasks[split], dtype=torch.float32, device=self.device)
+
+    def sample_tasks(self, n, split="train"):
+        """(n, D): rows of all_tasks(split), drawn uniformly and independently."""
+        tasks = self.all_tasks(split)
+        return tasks[torch.randint(len(tasks), (n,))]
+
+
+class CheetahDir(Drivers):
+    xml, action_dims, obs_dims = "half_cheetah.xml", (3, 3), (6, 6)
+    tasks = dict.fromkeys(("train", "test"), np.array([[-1.0], [1.0]]))
+    # of state: time, then 9 positions (x, z, pitch, bthigh, bshin, bfoot, fthigh, fshin, ffoot), then their
+    # velocities. MaMuJoCo sorts the joints by name: foot, shin, thigh; each position before its velocity.
+    columns = [6, 15, 5, 14, 4, 13], [9, 18, 8, 17, 7, 16]
+
+    def _reward(self, v, a, u, after, task):
+        """(n,), see above; of the velocity v (n,), the actions (n, U) and the new state (n, S)."""
+        return task[:, 0] * v - 0.1 * (a**2).sum(1)
+
+    def _healthy(self, state):
+        return np.ones(len(state), bool)
+
+
+class TwoAgentHalfCheetah(CheetahDir):
+    default_horizon, obs_dims, columns = 200, (17, 17), (slice(2, None),) * 2
+
+    def __init__(self, name, num_envs, horizon=None, device="cpu", threads=None, direction=1):
+        if direction not in (-1, 1):
+            raise ValueError(f"{name}: direction must be -1 or 1, not {direction!r}")
+        super().__init__(name, num_envs, horizon, device, threads)
+        self.tasks = dict.fromkeys(("train", "test"), np.array([[float(direction)]]))
+
+    def _reward(self, v, a, u, after, task):
+        return task[:, 0] * v - 0.1 * (u**2).sum(1)
+
+
+class HopperParam(Drivers):
+    xml, frame_skip, action_dims, obs_dims = "hopper.xml", 4, (1, 1, 1), (2, 2, 2)
+    tasks = {split: np.random.default_rng(seed).uniform(0.5, 1.5, (n, 4))
+             for split, seed, n in (("train", 0, 50), ("test", 1, 10))}
+    # of state: time, then 6 positions (x, z, pitch, thigh, leg, foot), then their velocities
+    columns = [4, 10], [5, 11], [6, 12]
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.spare, self.data = [], mujoco.MjData(self.sim.model)
+
+    def reset(self, task=None, part=None):
+        task = check_task(task, self)
+        if not ((task > 0) & (task < np.inf)).all():
+            raise ValueError(f"{self.name}: the multipliers of a task must be positive and finite")
+        # Rows of the same task share a model: it is only read. self.sim.model keeps the file's numbers.
+        scales, index = np.unique(task.cpu().double().numpy(), axis=0, return_inverse=True)
+        while len(self.spare) < len(scales):
+            self.spare.append(copy.copy(self.sim.model))
+        for model, scale in zip(self.spare, scales):
+            for field, factor in zip(FIELDS, scale):
+                getattr(model, field)[:] = getattr(self.sim.model, field) * factor
+            mujoco.mj_setConst(model, self.data)
+        self.sim.models = [self.spare[i] for i in index.reshape(-1)]
+        return super().reset(task, part)
+
+    def _noise(self, n, nq, nv):
+        noise = 0.01 * torch.rand(n, nq + nv, dtype=torch.float64).numpy() - 0.005
+        return noise[:, :nq], noise[:, nq:]
+
+    def _cut(self, seen):
+        return np.concatenate([seen[:, :1], np.clip(seen[:, 1:], -10, 10)], axis=1)
+
+    def _reward(self, v, a, u, after, task):
+        return v + self._healthy(after) - 0.001 * (a**2).sum(1)
+
+    def _healthy(self, state):
+        rest = state[:, 3:]  # all but time, x, z; the first is the torso's angle
+        return (state[:, 2] > 0.7) & (np.abs(rest[:, 0]) < 0.2) & (np.abs(rest) < 100).all(1)

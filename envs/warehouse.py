@@ -1,0 +1,234 @@
+"""
+A robotic warehouse ("rware", Papoudakis et al., 2021, arXiv:2006.07869; the package rware 2.0) with the five
+layouts of MG2L (Zhao et al., 2025). Robots turn, drive one cell, and lift or put down a shelf; who carries a
+requested shelf to a goal is paid.
+
+Grid      10 x 10. Shelves stand in the columns x = 2, 3 and 6, 7, in the rows y = 1 .. 7 (0 is on top); goals
+          are (4, 9) and (5, 9). The rest is highway: there nobody can put anything down.
+Task      a layout, one-hot: both (28 shelves), right (14: x = 6, 7), left (14: x = 2, 3), top (16: y < 5),
+          bottom (16: y > 3).
+          All five belong to both splits.
+Actions   0 nothing, 1 forward, 2 turn left, 3 turn right, 4 lift or put down.
+Moves     all at once. Who carries a shelf does not drive under another one. A chain of robots moves if the
+          cell before its head is free; if several want one cell, the longest chain moves and the others stay;
+          a ring of four or more moves; two who face each other stay, as does who follows anybody that stays
+          or moves in a ring. Between chains of one length the robots' numbers decide, see may_move().
+Reward    1 to the robot whose shelf was on the list of 4 requests and is now on a goal. Another one, drawn
+          uniformly, takes its place on the list.
+Observed  (183): own x, y, carrying, direction (up, down, left, right), highway; then 25 cells about oneself,
+          row by row: robot there, its direction (an empty cell: up), shelf there, requested. It does not turn
+          with the robot. Beyond the walls cells are empty.
+Start     robots on any different cells, in any direction; any requests. All random numbers of an episode are
+          drawn in reset(), from torch's global CPU stream, those of its later requests included.
+Time      H = 100 steps; never terminated.
+
+Against rware 2.0: the same, step by step, but for one accident. Of chains of the same length rware takes the
+one that its graph library lists first: in the order in which the robots' cells entered the graph or, where
+the cells in question are less than half of it, in that of a Python set of coordinates. Here it is always the
+former; 6 of 10,000 steps of wandering robots end otherwise.
+
+All rows move at once, in numpy: (B, N) arrays of cells, (B, N, N) for who wants whose place.
+"""
+
+import numpy as np
+import torch
+
+from .navigation import check_task
+
+SIZE, SIGHT = 10, 2  # the grid; how far a robot sees
+WIDTH = SIZE + 2 * SIGHT  # cells are numbered in a grid with a margin that is never entered
+CELLS = WIDTH * WIDTH  # one number more: the place of shelves that are not there
+MOVES = np.array([-WIDTH, WIDTH, -1, 1])  # up, down, left, right
+TURNS = np.array([range(4), range(4), [2, 3, 1, 0], [3, 2, 0, 1], range(4)])  # [action, direction]
+NOTHING, FORWARD, LEFT, RIGHT, TOGGLE = range(5)
+LAYOUTS = {"both": ((2, 3, 6, 7), range(1, 8)), "right": ((6, 7), range(1, 8)), "left": ((2, 3), range(1, 8)),
+           "top": ((2, 3, 6, 7), range(1, 5)), "bottom": ((2, 3, 6, 7), range(4, 8))}  # columns, rows
+REQUESTS = 4
+
+
+def number(x, y):
+    """The cell (x, y)."""
+    return (y + SIGHT) * WIDTH + x + SIGHT
+
+
+GOALS = number(4, 9), number(5, 9)
+SHELVES = [[number(x, y) for y in rows for x in columns] for columns, rows in LAYOUTS.values()]
+INSIDE = np.zeros(CELLS + 1, bool)
+INSIDE[[number(x, y) for x in range(SIZE) for y in range(SIZE)]] = True
+VIEW = range(-SIGHT, SIGHT + 1)
+WINDOW = np.array([number(x, y) - number(0, 0) for y in VIEW for x in VIEW])
+
+
+def may_move(cell, target):
+    """Whose wish is granted: (B, N) bool, of the cells (B, N) where robots are and those that they want. Who
+    wants his own cell gets it.
+
+    A robot points to the one who is on its target, or to nobody. Following the pointers leads into a ring
+    (of length 1: someone who stays) or out to a free cell, and all who reach the same end are one tree.
+    """
+    (B, N), robot = cell.shape, np.arange(cell.shape[1])
+    wants = target[:, :, None] == cell[:, None, :]  # (B, N, N): [i, j], i wants j's cell
+    ahead = np.where(wants.any(2), wants.argmax(2), N)  # (B, N): whose place i wants; N: nobody's
+    pointer, ring = np.concatenate([ahead, np.full((B, 1), N)], axis=1), np.zeros((B, N), int)
+    here = ahead
+    for length in range(1, N + 1):
+        ring[(here == robot) & (ring == 0)] = length
+        here = np.take_along_axis(pointer, here, axis=1)
+    free = here == N
+
+    follows = wants & (robot[:, None] != robot)
+    chain = np.ones((B, N), int)  # of the longest chain that ends in i, counted from behind
+    for _ in range(N - 1):
+        chain = 1 + (follows * chain[:, :, None]).max(1)
+    # When does i's cell enter rware's graph, if robot 0's cell, its target, robot 1's cell ... do in turn?
+    entered = np.where(follows, 2 * robot[:, None] + 1, 2 * N).min(1)
+    entered = np.minimum(entered, 2 * robot)
+    weight = 2 * N * chain - entered
+    rival = target[:, :, None] == target[:, None, :]
+    first = ~(rival & (weight[:, :, None] < weight[:, None, :])).any(2)
+
+    start = np.concatenate([(ring == 1) | (ring > 2), np.ones((B, 1), bool)], axis=1)  # (B, N + 1)
+    granted, chosen = start.copy(), free & first
+    for _ in range(N):  # from the head of a chain to its end
+        granted[:, :N] = start[:, :N] | chosen & np.take_along_axis(granted, ahead, axis=1)
+    return granted[:, :N]
+
+
+class Warehouse:
+    """B warehouses, H steps. reset(task) takes layouts, (B, 5), one a row; without them it draws some."""
+
+    discrete, task_dim = True, len(LAYOUTS)
+
+    def __init__(self, name, num_envs, horizon=None, device="cpu", num_agents=4):
+        self.horizon = 100 if horizon is None else horizon
+        if self.horizon < 1 or not 1 <= num_agents <= SIZE * SIZE:
+            raise ValueError(f"{name}: horizon must be at least 1 and num_agents from 1 to {SIZE * SIZE}, "
+                             f"not {horizon} and {num_agents}")
+        self.num_envs, self.num_agents, self.device = num_envs, num_agents, device
+        self.obs_dims, self.action_dims = (8 + 7 * len(WINDOW),) * num_agents, (5,) * num_agents
+        self.row = np.arange(num_envs)[:, None]  # (B, 1)
+        # What each cell shows, 7 numbers; see _observe()
+        self.blank = np.tile(np.float32([0, 1, 0, 0, 0, 0, 0]), (num_envs, CELLS + 1, 1))
+        self.sheet = self.blank.copy()
+
+    def reset(self, task=None, part=None):
+        """part: (first, total) when these B rows are rows first, first+1, ... of `total` rows that several
+        processes share: each draws for all of them, so what befalls a row does not depend on who plays it."""
+        task = check_task(task, self).cpu().numpy()  # (B, 5)
+        if not (((task == 0) | (task == 1)).all() and (task.sum(1) == 1).all()):
+            raise ValueError(f"a task must be one-hot, a layout: {', '.join(LAYOUTS)}")
+        self.task, layout, B, S = task, task.argmax(1), self.num_envs, max(map(len, SHELVES))
+        first, total = part or (0, B)
+        draw = [torch.rand(total, n, dtype=torch.float64).numpy()[first : first + B]
+                for n in (SIZE * SIZE, self.num_agents, S, len(GOALS) * self.horizon)]
+        spots = np.flatnonzero(INSIDE)
+        self.cell = spots[draw[0].argsort(1)[:, : self.num_agents]]  # (B, N)
+        self.direction = (4 * draw[1]).astype(int)  # (B, N)
+        # Shelf S is nobody's: whom carries[b, i] == S carries nothing. Layouts with fewer shelves keep the
+        # others in the cell that is nowhere.
+        self.shelf = np.array([s + [CELLS] * (S + 1 - len(s)) for s in SHELVES])[layout]  # (B, S + 1): cells
+        self.there = self.shelf[:, :S] < CELLS
+        self.carries = np.full((B, self.num_agents), S)
+        self.highway = np.tile(INSIDE, (B, 1))  # (B, CELLS + 1)
+        self.highway[self.row, self.shelf] = False
+        rank = np.where(self.there, draw[2], 2).argsort(1).argsort(1)
+        self.requested = np.concatenate([rank < REQUESTS, np.zeros((B, 1), bool)], axis=1)  # (B, S + 1)
+        self.luck, self.t = draw[3], 0  # (B, 2 H)
+        return self._observe()
+
+    def step(self, action):
+        wanted, given = [(self.num_envs,)] * self.num_agents, [tuple(a.shape) for a in action]
+        if given != wanted:
+            raise ValueError(f"action must be {wanted}, one for each agent, not {given}")
+        action = torch.stack(list(action), dim=1).cpu().numpy()  # (B, N)
+        row, cell, none = self.row, self.cell, self.shelf.shape[1] - 1
+        loaded, shelf_at = self.carries < none, self._grid(self.shelf)
+        target = cell + MOVES[self.direction]
+        target = np.where((action == FORWARD) & INSIDE[target], target, cell)
+        # A standing shelf is one whose cell no carrying robot is in. Who carries one does not enter there.
+        held = np.zeros((self.num_envs, CELLS + 1), bool)
+        held[row, np.where(loaded, cell, CELLS)] = True
+        blocked = loaded & (target != cell) & (shelf_at[row, target] < none) & ~held[row, target]
+        target = np.where(blocked, cell, target)
+
+        self.cell = np.where(may_move(cell, target), target, cell)
+        self.direction = TURNS[action, self.direction]
+        self.shelf[row, self.carries] = self.cell
+        self.shelf[:, none] = CELLS
+        lift = (action == TOGGLE) & ~loaded  # of the shelf below, if there is one
+        drop = (action == TOGGLE) & loaded & ~self.highway[row, cell]
+        self.carries = np.where(lift, shelf_at[row, cell], np.where(drop, none, self.carries))
+        reward = self._deliver(none)
+        truncated = torch.full((self.num_envs,), self.t >= self.horizon, device=self.device)
+        reward = torch.from_numpy(reward).to(self.device)
+        return self._observe(), reward, torch.zeros_like(truncated), truncated, {}
+
+    def _grid(self, cells):
+        """Who of `cells` (B, n) is in each cell, (B, CELLS + 1). The last one, too, stands for nobody."""
+        grid = np.full((self.num_envs, CELLS + 1), cells.shape[1] - 1)
+        grid[self.row, cells] = np.arange(cells.shape[1])
+        grid[:, CELLS] = cells.shape[1] - 1
+        return grid
+
+    def _deliver(self, none):
+        """The rewards (B, N). The goals are looked at in turn, as the second one's request must differ."""
+        reward = np.zeros((self.num_envs, self.num_agents), np.float32)
+        robot_at, shelf_at = self._grid(self.cell), self._grid(self.shelf)
+        for k, goal in enumerate(GOALS):
+            b = np.flatnonzero(self.requested[self.row[:, 0], shelf_at[:, goal]])
+            if b.size:
+                reward[b, robot_at[b, goal]] = 1
+                others = (self.there[b] & ~self.requested[b, :none]).cumsum(1)  # (n, S): not on the list
+                luck = self.luck[b, (len(GOALS) * self.t + k) % self.luck.shape[1]]
+                pick = (luck * others[:, -1]).astype(int)
+                self.requested[b, shelf_at[b, goal]] = False
+                self.requested[b, (others > pick[:, None]).argmax(1)] = True
+        self.t += 1
+        return reward
+
+    def _observe(self):
+        row, cell, sheet = self.row, self.cell, self.sheet
+        np.copyto(sheet, self.blank)
+        sheet[row, cell, 0], sheet[row, cell, 1] = 1, 0
+        sheet[row, cell, 1 + self.direction] = 1
+        sheet[row, self.shelf, 5] = 1
+        sheet[row, self.shelf, 6] = self.requested
+        out = np.zeros((self.num_agents, self.num_envs, self.obs_dims[0]), np.float32)  # (N, B, O)
+        own = out.swapaxes(0, 1)  # (B, N, O)
+        own[..., 0], own[..., 1] = cell % WIDTH - SIGHT, cell // WIDTH - SIGHT
+        own[..., 2] = self.carries < self.shelf.shape[1] - 1
+        np.put_along_axis(own[..., 3:7], self.direction[..., None], 1, axis=2)
+        own[..., 7] = self.highway[row, cell]
+        around = ((CELLS + 1) * row + cell)[..., None] + WINDOW  # (B, N, 25): rows of the sheet laid out flat
+        own[..., 8:] = sheet.reshape(-1, 7).take(around, axis=0).reshape(*cell.shape, -1)
+        return torch.from_numpy(out).to(self.device).unbind(0)
+
+    def all_tasks(self, split="train"):
+        """(5, 5): the layouts, one-hot, the same for both splits."""
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+        return torch.eye(len(LAYOUTS), device=self.device)
+
+    def sample_tasks(self, n, split="train"):
+        """(n, 5): layouts, drawn uniformly and independently."""
+        return self.all_tasks(split)[torch.randint(len(LAYOUTS), (n,))]
+
+    def render(self, row=0, size=24):
+        """(10 size, 10 size, 3) uint8: one row. Shelves are brown, requested ones red, goals grey; robots are
+        blue, dark where they carry, with a white stripe in front."""
+        frame = np.full((SIZE, size, SIZE, size, 3), 235, np.uint8)
+        place = lambda cell: (cell // WIDTH - SIGHT, slice(None), cell % WIDTH - SIGHT)
+        for goal in GOALS:
+            frame[place(goal)] = 150
+        for s in np.flatnonzero(self.there[row]):
+            square = frame[place(self.shelf[row, s])]
+            square[2:-2, 2:-2] = [210, 70, 60] if self.requested[row, s] else [180, 140, 100]
+        inner, edge = slice(size // 4, -(size // 4)), slice(size // 8, size // 4)
+        for i, cell in enumerate(self.cell[row]):
+            square = frame[place(cell)]
+            loaded = self.carries[row, i] < self.shelf.shape[1] - 1
+            square[inner, inner] = [20, 40, 110] if loaded else [70, 120, 230]
+            # up, down, left, right: the view is turned so that "front" is always its first rows
+            front = [square, square[::-1], square.swapaxes(0, 1), square[:, ::-1].swapaxes(0, 1)]
+            front[self.direction[row, i]][edge, inner] = 255
+        return frame.reshape(SIZE * size, SIZE * size, 3)
