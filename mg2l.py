@@ -183,7 +183,7 @@ class Args:
     ring_size: Optional[int] = None
     """episodes that the ring of a task holds, eq. (1)"""
     mix: Optional[Literal["all", "few"]] = None
-    """queries and keys come from all episodes in a ring, or each from a random number, 1 to 32, of them [D4]"""
+    """whether queries and keys come from all episodes of a ring, or each from 1 to 32 of them [D4]"""
     keys: Optional[int] = None
     """J, contexts of each task whose mean latent is the key in eqs. (9) and (10) [D4]"""
     hidden: Optional[int] = None

@@ -47,7 +47,7 @@ def encode(p, contexts, layers):
 
 
 def encoder_loss(p, contexts, tasks, K, keys, kl_coef, eps_g, eps_l, layers):
-    """contexts[r][i] (B, F): M queries, then `keys` for each of the K tasks in turn; eps_g (M + keys K, C)."""
+    """contexts[r][i] (B, F): M queries, then `keys` for each of the K tasks in turn; eps_g (M + keys K, C)"""
     M, n, z, zi, kl_g, kl_l = len(tasks), len(contexts[0]), [], [], [], []
     kl = lambda mu, sd: 0.5 * (mu**2 + sd**2 - 2 * sd.log() - 1).mean()
     for r, context in enumerate(contexts):
@@ -129,8 +129,9 @@ class Naive:
             every = [*index, *(list(range(K)) * args.keys)]
             sample = lambda k: list(self.ring.sample(torch.tensor([k]), args.context_size, args.mix)[:, 0])
             contexts, C = [sample(k) for k in every], args.latent_dim
-            loss = encoder_loss(self.params["encoder"], contexts, index, K, args.keys, args.kl_coef,
-                                torch.randn(len(every), C), torch.randn(n, len(every), C), args.encoder_layers)
+            eps = torch.randn(len(every), C), torch.randn(n, len(every), C)
+            loss = encoder_loss(self.params["encoder"], contexts, index, K, args.keys, args.kl_coef, *eps,
+                                args.encoder_layers)
             self.step(["encoder"], loss)
         for r in range(args.context_envs):
             self.remember(r % K, self.episode(r % K, list(torch.randn(n, args.latent_dim))))
