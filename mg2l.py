@@ -26,8 +26,8 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
              MA-PEARL: z^i ~ prod_t N(E_tran(c^i_t)), trained by (6) and the KL   (13) -> product()
              Mix-MATE: z^i_t of a recurrent autoencoder of i's episode so far     (14) -> mate_loss()
   Symbols    o^i  obs     (n, T, M, O)    c    context  (n, M, B, F)     z    zc  (M, C)
-             a^i  action  (n, T, M[, A])  x^i  x        (n, M, C)        z^i  zi  (n, M, C)
-             n agents, M episodes, T steps, K tasks, B transitions, F = 2 O + A + 1, C numbers in a latent.
+             a^i  action  (n, T, M[, A])  x^i  x        (n, M, H)        z^i  zi  (n, M, C)
+             n agents, M episodes, T steps, K tasks, B transitions, F = 2 O + A + 1, C and H units.
   Methods    --method mg2l | none (no latent) | task-given (k for both latents) | global-only (actors get z) |
              pearl | mate.  --local-loss joint | own | kl, eq. (10).  --pool pia | mean | poe and --n-blocks 2
              (attention before it), eq. (3).  --encoder-updates 0: z by critics alone.  --priority, eq. (1).
@@ -104,7 +104,8 @@ Method = Literal["mg2l", "none", "task-given", "global-only", "pearl", "mate"]
 
 # What an argument left at None becomes: with --paper the authors' value, else the quick one, ours. [D3]
 COMMON = dict(num_envs=32, context_envs=4, hidden=256, latent_dim=64, ppo_epochs=15, minibatches=1, lr=5e-4,
-              encoder_lr=5e-4, kl_coef=0.1, local_loss="joint", mix="all", keys=1, encoder_layers=1,
+              encoder_lr=5e-4, encoder_units=64, encoder_layers=1, kl_coef=0.1, local_loss="joint", mix="all",
+              keys=1, infer_size=None,
               horizon=100, iterations=1000, eval_every=50, save_every=25, eval_episodes=16, num_threads=1)
 PAPER = {
     "spread": dict(context_size=100, encoder_updates=50, ring_size=10),
@@ -179,7 +180,9 @@ class Args:
     horizon: Optional[int] = None
     """T, steps of an episode"""
     context_size: Optional[int] = None
-    """B, transitions in a context"""
+    """B, transitions in a context of eq. (11)"""
+    infer_size: Optional[int] = None
+    """transitions in a context of which latents are inferred for play; default: --context-size"""
     ring_size: Optional[int] = None
     """episodes that the ring of a task holds, eq. (1)"""
     mix: Optional[Literal["all", "few"]] = None
@@ -189,7 +192,9 @@ class Args:
     hidden: Optional[int] = None
     """units in both hidden layers of actors and critics"""
     latent_dim: Optional[int] = None
-    """C, numbers in z and in z^i, and units in the encoder"""
+    """C, numbers in z and in z^i"""
+    encoder_units: Optional[int] = None
+    """H, units in all layers of the encoder"""
     encoder_layers: Optional[int] = None
     """hidden layers of E_tran, eq. (2)"""
     encoder_updates: Optional[int] = None
@@ -233,12 +238,13 @@ def resolve(args):
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.infer_size = args.infer_size or args.context_size
     for name in "total_steps", "decay":
         if getattr(args, name) is None:
             setattr(args, name, iterations * steps_per_iteration(args))
     for name in ("num_envs", "horizon", "context_size", "ring_size", "hidden", "latent_dim", "ppo_epochs",
-                 "minibatches", "eval_tasks", "keys", "encoder_layers", "num_threads", "save_every",
-                 "total_steps"):
+                 "minibatches", "eval_tasks", "keys", "encoder_units", "encoder_layers", "infer_size",
+                 "num_threads", "save_every", "total_steps"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for name in ("encoder_updates", "n_blocks", "kl_coef", "ent_coef", "decay", "seed"):
@@ -256,8 +262,8 @@ def resolve(args):
         fail(f"--eval-episodes must be at least 2, not {args.eval_episodes}: a query and a key")
     if args.num_envs % args.minibatches:
         fail(f"--num-envs {args.num_envs} episodes do not divide into {args.minibatches} minibatches")
-    if args.latent_dim % HEADS and args.n_blocks:
-        fail(f"--latent-dim {args.latent_dim} does not divide among the {HEADS} heads of --n-blocks")
+    if args.encoder_units % HEADS and args.n_blocks:
+        fail(f"--encoder-units {args.encoder_units} does not divide among the {HEADS} heads of --n-blocks")
     same = args.method == "mg2l" and all(getattr(args, k) == v for k, v in released.items())
     if args.as_coded and (not same or args.n_blocks or args.priority):
         fail("--as-coded is one method: it takes no other --method, loss, pool, blocks, keys or --priority")
@@ -363,19 +369,20 @@ def log_prob_entropy(p, out, action):
 def make_encoder(G, features, C, args):
     """E_tran and the local maps stand once for each agent; the pools and the heads of sigma are shared."""
     gain = 0.01 if args.as_coded else 1.0  # [D2]
-    p, outputs = {}, 2 * C if args.method == "pearl" else C
-    for name, sizes in ("tran", [features, *[C] * args.encoder_layers, outputs]), ("local", [C, C, C]):
+    p, H = {}, args.encoder_units
+    tran = [features, *[H] * args.encoder_layers, 2 * C if args.method == "pearl" else H]
+    for name, sizes in ("tran", tran), ("local", [H, H, C]):
         for l, (n, m) in enumerate(zip(sizes, sizes[1:])):
             p |= {f"{name}.w{l}": orthogonal((G, n, m), gain), f"{name}.b{l}": torch.zeros(G, 1, m)}
             if l:
                 p |= {f"{name}.scale{l}": torch.ones(G, n, 1), f"{name}.shift{l}": torch.zeros(G, 1, n)}
-    for name in "agg", "glob":
-        p |= {f"{name}.wa": orthogonal((C, C if args.pool == "poe" else 1), gain),
-              f"{name}.wv": orthogonal((C, C), gain), f"{name}.bv": torch.zeros(C),
-              f"{name}.wo": orthogonal((C, C), gain), f"{name}.bo": torch.zeros(C)}
+    for name, out in ("agg", H), ("glob", C):
+        p |= {f"{name}.wa": orthogonal((H, H if args.pool == "poe" else 1), gain),
+              f"{name}.wv": orthogonal((H, H), gain), f"{name}.bv": torch.zeros(H),
+              f"{name}.wo": orthogonal((H, out), gain), f"{name}.bo": torch.zeros(out)}
         for l in range(args.n_blocks):
-            p |= {f"{name}.{l}.qkv": orthogonal((C, 3 * C), 1.0), f"{name}.{l}.o": orthogonal((C, C), 1.0),
-                  f"{name}.{l}.f0": orthogonal((C, C), 1.0), f"{name}.{l}.f1": orthogonal((C, C), 1.0)}
+            p |= {f"{name}.{l}.qkv": orthogonal((H, 3 * H), 1.0), f"{name}.{l}.o": orthogonal((H, H), 1.0),
+                  f"{name}.{l}.f0": orthogonal((H, H), 1.0), f"{name}.{l}.f1": orthogonal((H, H), 1.0)}
     for name in "rho_g", "rho_l":  # as torch's default layer
         p |= {f"{name}.w": (2 * torch.rand(C, C) - 1) / math.sqrt(C),
               f"{name}.b": (2 * torch.rand(C) - 1) / math.sqrt(C) - (0 if args.as_coded else 4)}  # [D4]
@@ -918,7 +925,7 @@ def make_latent(env, params, ring, index, tasks, warm_up, args):
         return constant(prior, prior_z), None
 
     def draw():
-        context = draw_context(phi, lambda B: ring.sample(index[:M], B, "all"), args.context_size, args)
+        context = draw_context(phi, lambda B: ring.sample(index[:M], B, "all"), args.infer_size, args)
         return context, (randn(M, C, device=device), randn(n, M, C, device=device))
 
     def beside_the_prior(drawn):
@@ -1025,7 +1032,7 @@ def infer_from(phi, x, lengths, args):
         at = (torch.rand(R, B).to(x.device) * length).long()
         return x.flatten(1, 2)[:, episode * T + at, torch.arange(R, device=x.device)[:, None]]
 
-    return encode(phi, draw_context(phi, own, args.context_size, args), args)
+    return encode(phi, draw_context(phi, own, args.infer_size, args), args)
 
 
 def draw_latents(q):

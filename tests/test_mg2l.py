@@ -21,8 +21,9 @@ close = torch.testing.assert_close
 
 
 def make_args(**kw):
-    small = dict(env="spread", latent_dim=8, hidden=16, context_size=6, num_envs=6, context_envs=3, horizon=5,
-                 ring_size=4, ppo_epochs=2, encoder_updates=2, eval_episodes=3, seed=0)
+    small = dict(env="spread", latent_dim=8, encoder_units=8, hidden=16, context_size=6, infer_size=7,
+                 num_envs=6, context_envs=3, horizon=5, ring_size=4, ppo_epochs=2, encoder_updates=2,
+                 eval_episodes=3, seed=0)
     return m.resolve(m.Args(**small | kw))
 
 
@@ -64,7 +65,7 @@ def test_stacked_mlp_equals_separate_modules():
 
 
 def test_size_of_the_encoder_is_the_released_one():
-    p, _ = encoder(n=2, features=23, C=64, encoder_layers=1)
+    p, _ = encoder(n=2, features=23, C=64, encoder_units=64, encoder_layers=1)
     assert sum(x.numel() for k, x in p.items()) == 53_634 - 2  # the two pools' score biases cancel in softmax
     nets = m.make_actor(2, 74, 256, 2, False), m.make_mlp(2, [20 + 64, 256, 256, 1], 1.0)
     sizes = [sum(x.numel() for x in p.values()) // 2 for p in nets]
@@ -566,7 +567,7 @@ def test_an_early_end_is_a_mask_and_play_stops_when_all_have_ended():
 
 def test_a_trial_infers_from_its_own_episodes_and_steps_only():
     torch.manual_seed(0)
-    args = make_args(context_size=500)
+    args = make_args(infer_size=500)
     n, s, T, R = 2, 2, 3, 4
     x = torch.zeros(n, s, T, R, 3)
     for i, e, t, r in itertools.product(range(n), range(s), range(T), range(R)):

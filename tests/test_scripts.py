@@ -29,8 +29,8 @@ TINY = {
                   max_episode_len=4, chunk_length=2, num_units=8, lstm_hidden_dim=4,
                   episode_embedding_dim=4, in_ep_lstm_dim=4, om_training_iters=1,
                   num_traj_to_train=2, eval_episodes=2, num_threads=1, save_every=1),
-    "mg2l": dict(env="spread", num_envs=3, context_envs=2, horizon=5, hidden=8, latent_dim=4, context_size=4,
-                 encoder_updates=2, keys=2, ring_size=3, ppo_epochs=2, eval_episodes=2, num_threads=1,
+    "mg2l": dict(env="spread", num_envs=3, context_envs=2, horizon=5, hidden=8, latent_dim=4, encoder_units=4,
+                 context_size=4, infer_size=4, encoder_updates=2, keys=2, ring_size=3, ppo_epochs=2, eval_episodes=2, num_threads=1,
                  save_every=1),
 }
 ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "maml_rl": 4 * 3 * 5 * 2, "tesp": 4 * 3 * 5 * 5,
@@ -57,7 +57,7 @@ BAD = {  # command lines that must end in one line and exit code 2
               "--trajectories truncated.pt", "--traj-per-iter 0"],
     "mg2l": ["--method nonsense", "--env ipd", "--context-envs 0", "--num-envs 0", "--gamma 2", "--lr 0",
              "--eval-episodes 1", "--num-envs 32 --minibatches 5", "--as-coded --method pearl",
-             "--as-coded --context-size 1", "--n-blocks 1 --latent-dim 6", "--context-size many"],
+             "--as-coded --context-size 1", "--n-blocks 1 --encoder-units 6", "--context-size many"],
 }
 EVERYWHERE = ["--env nonsense", "--nonsense 3", "--resume missing.pt", "--resume truncated.pt",
               "--resume foreign.pt", "--evaluate foreign.pt", "--device nonsense", "--run-dir occupied"]
