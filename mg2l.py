@@ -105,8 +105,8 @@ Method = Literal["mg2l", "none", "task-given", "global-only", "pearl", "mate"]
 # What an argument left at None becomes: with --paper the authors' value, else the quick one, ours. [D3]
 COMMON = dict(num_envs=32, context_envs=4, hidden=256, latent_dim=64, ppo_epochs=15, minibatches=1, lr=5e-4,
               encoder_lr=5e-4, encoder_units=64, encoder_layers=1, kl_coef=0.1, local_loss="joint", mix="all",
-              keys=1, infer_size=None,
-              horizon=100, iterations=1000, eval_every=50, save_every=25, eval_episodes=16, num_threads=1)
+              keys=1, share_params=False, share_tran=False, horizon=100, iterations=1000, eval_every=50,
+              save_every=25, eval_episodes=16, num_threads=1)
 PAPER = {
     "spread": dict(context_size=100, encoder_updates=50, ring_size=10),
     "hunting": dict(context_size=32, encoder_updates=20, ring_size=5),
@@ -116,9 +116,9 @@ PAPER = {
     "gather": dict(context_size=32, encoder_updates=10, ring_size=3, num_envs=8, ppo_epochs=5, hidden=64,
                    share_params=True),
 }
-TEAM = dict(hidden=64, ppo_epochs=8, lr=1e-3, encoder_lr=1e-3, kl_coef=0.01, local_loss="own", mix="few",
-            keys=8, encoder_layers=2, context_envs=16, context_size=100, encoder_updates=20, ring_size=100,
-            iterations=300)
+TEAM = dict(hidden=64, latent_dim=16, ppo_epochs=8, lr=1e-3, encoder_lr=2e-3, encoder_layers=2, share_tran=True,
+            kl_coef=0.003, local_loss="own", mix="few", keys=8, context_envs=64, context_size=100,
+            encoder_updates=10, ring_size=500, iterations=450, eval_episodes=64)
 ROBOTS = dict(num_envs=16, horizon=200, ppo_epochs=5, minibatches=4, context_size=64, encoder_updates=10,
               ring_size=20, iterations=300)
 QUICK = {"spread": TEAM, "hunting": TEAM, "cheetah_dir": ROBOTS, "hopper_param": ROBOTS,
@@ -180,9 +180,7 @@ class Args:
     horizon: Optional[int] = None
     """T, steps of an episode"""
     context_size: Optional[int] = None
-    """B, transitions in a context of eq. (11)"""
-    infer_size: Optional[int] = None
-    """transitions in a context of which latents are inferred for play; default: --context-size"""
+    """B, transitions in a context"""
     ring_size: Optional[int] = None
     """episodes that the ring of a task holds, eq. (1)"""
     mix: Optional[Literal["all", "few"]] = None
@@ -193,6 +191,8 @@ class Args:
     """units in both hidden layers of actors and critics"""
     latent_dim: Optional[int] = None
     """C, numbers in z and in z^i"""
+    share_tran: Optional[bool] = None
+    """one E_tran for all agents, as the paper has it, not one each, as the released code: [D4]"""
     encoder_units: Optional[int] = None
     """H, units in all layers of the encoder"""
     encoder_layers: Optional[int] = None
@@ -229,8 +229,8 @@ def resolve(args):
     """Fill what was left at None and refuse what cannot be."""
     if args.env not in PAPER:
         fail(f"--env must be one of {', '.join(PAPER)}, not {args.env}: it needs a finite set of tasks")
-    preset = dict(share_params=False) | COMMON | PAPER[args.env] | ({} if args.paper else QUICK[args.env])
-    released = dict(local_loss="joint", mix="all", keys=1, kl_coef=0.1, encoder_layers=1)
+    preset = COMMON | PAPER[args.env] | ({} if args.paper else QUICK[args.env])
+    released = dict(local_loss="joint", mix="all", keys=1, kl_coef=0.1, encoder_layers=1, share_tran=False)
     preset |= released if args.as_coded else {}
     iterations = preset.pop("iterations")
     if args.method not in WITH_CONTEXT:  # nobody would read the rings
@@ -238,13 +238,12 @@ def resolve(args):
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.infer_size = args.infer_size or args.context_size
     for name in "total_steps", "decay":
         if getattr(args, name) is None:
             setattr(args, name, iterations * steps_per_iteration(args))
     for name in ("num_envs", "horizon", "context_size", "ring_size", "hidden", "latent_dim", "ppo_epochs",
-                 "minibatches", "eval_tasks", "keys", "encoder_units", "encoder_layers", "infer_size",
-                 "num_threads", "save_every", "total_steps"):
+                 "minibatches", "eval_tasks", "keys", "encoder_units", "encoder_layers", "num_threads",
+                 "save_every", "total_steps"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for name in ("encoder_updates", "n_blocks", "kl_coef", "ent_coef", "decay", "seed"):
@@ -367,15 +366,15 @@ def log_prob_entropy(p, out, action):
 
 # ---- the encoder
 def make_encoder(G, features, C, args):
-    """E_tran and the local maps stand once for each agent; the pools and the heads of sigma are shared."""
+    """E_tran (unless shared) and the local maps stand once for each agent, pools and heads of sigma once."""
     gain = 0.01 if args.as_coded else 1.0  # [D2]
     p, H = {}, args.encoder_units
     tran = [features, *[H] * args.encoder_layers, 2 * C if args.method == "pearl" else H]
-    for name, sizes in ("tran", tran), ("local", [H, H, C]):
+    for name, g, sizes in ("tran", 1 if args.share_tran else G, tran), ("local", G, [H, H, C]):
         for l, (n, m) in enumerate(zip(sizes, sizes[1:])):
-            p |= {f"{name}.w{l}": orthogonal((G, n, m), gain), f"{name}.b{l}": torch.zeros(G, 1, m)}
+            p |= {f"{name}.w{l}": orthogonal((g, n, m), gain), f"{name}.b{l}": torch.zeros(g, 1, m)}
             if l:
-                p |= {f"{name}.scale{l}": torch.ones(G, n, 1), f"{name}.shift{l}": torch.zeros(G, 1, n)}
+                p |= {f"{name}.scale{l}": torch.ones(g, n, 1), f"{name}.shift{l}": torch.zeros(g, 1, n)}
     for name, out in ("agg", H), ("glob", C):
         p |= {f"{name}.wa": orthogonal((H, H if args.pool == "poe" else 1), gain),
               f"{name}.wv": orthogonal((H, H), gain), f"{name}.bv": torch.zeros(H),
@@ -925,7 +924,7 @@ def make_latent(env, params, ring, index, tasks, warm_up, args):
         return constant(prior, prior_z), None
 
     def draw():
-        context = draw_context(phi, lambda B: ring.sample(index[:M], B, "all"), args.infer_size, args)
+        context = draw_context(phi, lambda B: ring.sample(index[:M], B, "all"), args.context_size, args)
         return context, (randn(M, C, device=device), randn(n, M, C, device=device))
 
     def beside_the_prior(drawn):
@@ -1032,7 +1031,7 @@ def infer_from(phi, x, lengths, args):
         at = (torch.rand(R, B).to(x.device) * length).long()
         return x.flatten(1, 2)[:, episode * T + at, torch.arange(R, device=x.device)[:, None]]
 
-    return encode(phi, draw_context(phi, own, args.infer_size, args), args)
+    return encode(phi, draw_context(phi, own, args.context_size, args), args)
 
 
 def draw_latents(q):

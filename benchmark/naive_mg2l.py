@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 def layer(p, i, name, l, x):
     """Layer l of agent i's network, with the norm before it if it has one; x (R, in)."""
+    i = i if len(p[f"{name}w{l}"]) > 1 else 0  # one for all
     if f"{name}scale{l}" in p:
         scale, shift = p[f"{name}scale{l}"][i, :, 0], p[f"{name}shift{l}"][i, 0]
         x = F.layer_norm(x, x.shape[-1:], scale, shift)

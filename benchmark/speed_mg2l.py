@@ -1,6 +1,6 @@
 """
-How fast mg2l.py and its worlds are: spread and hunting step by step, and training on spread, updates
-included, beside naive_mg2l.py and the arithmetic's floor. Used by speed.py.
+How fast mg2l.py and its worlds are: spread, hunting and the warehouse step by step, the last beside rware;
+and training on spread, updates included, beside naive_mg2l.py and the arithmetic's floor. Used by speed.py.
 """
 
 from speed import timed
@@ -14,6 +14,8 @@ def cases(quick, all_threads):
     """In the order in which they take turns."""
     out = [dict(what="world", sizes=name, worlds=B, threads=1, steps=100 if quick else 1000)
            for name in ("spread", "hunting") for B in WORLDS]
+    out += [dict(what=name, sizes="4 robots", worlds=64, threads=1, steps=steps if quick else 10 * steps)
+            for name, steps in (("rware", 10), ("warehouse", 100))]  # rware: a millisecond for each step
     for sizes in ("quick",) if quick else ("quick", "paper"):
         out.append(dict(what="naive training", sizes=sizes, worlds=1, threads=1, steps=1))
         out += [dict(what="training", sizes=sizes, worlds=1, threads=n, steps=3 if quick else 10)
@@ -36,6 +38,13 @@ def measure_world(case):
                 env.step(a)
 
     return timed(play, 2)
+
+
+def measure_warehouse(case):
+    import worlds_mg2l
+
+    make = worlds_mg2l.ours if case["what"] == "warehouse" else worlds_mg2l.rware
+    return timed(make(case["worlds"], case["steps"]), 2)
 
 
 def build(case):
@@ -67,7 +76,8 @@ def measure_naive(case):
     return timed(lambda: [twin.iterate() for _ in range(case["steps"])], 1)
 
 
-MEASURES = {"world": measure_world, "training": measure_training, "naive training": measure_naive}
+MEASURES = {"world": measure_world, "rware": measure_warehouse, "warehouse": measure_warehouse,
+            "training": measure_training, "naive training": measure_naive}
 
 
 def measure(case):
@@ -80,10 +90,10 @@ def gflop(sizes):
     import mg2l as m
 
     args = m.resolve(m.Args(env="spread", paper=sizes == "paper"))
-    n, O, A, C, H, B = 2, 10, 2, args.latent_dim, args.hidden, args.context_size
+    n, O, A, C, H, U, B = 2, 10, 2, args.latent_dim, args.hidden, args.encoder_units, args.context_size
     mlp = lambda inputs, out: inputs * H + H * H + H * out
     nets = n * args.num_envs * args.horizon * (mlp(O + C, A) + mlp(n * O + C, 1))
-    tran = (2 * O + A + 1) * C + (args.encoder_layers - 1) * C * C  # the last layer comes after the pool
+    tran = (2 * O + A + 1) * U + (args.encoder_layers - 1) * U * U  # the last layer comes after the pool
     contexts = args.ppo_epochs * args.num_envs + args.encoder_updates * (args.num_envs + 3 * args.keys)
     return 6e-9 * (args.ppo_epochs * nets + contexts * n * B * tran), m.steps_per_iteration(args)
 
@@ -97,13 +107,13 @@ def summary(plan, best, rates):
         trains = "training" in case["what"]
         work, transitions = gflop(case["sizes"]) if trains else (0, case["worlds"])
         speed = case["steps"] * transitions / run["wall"]
-        if case["what"] == "naive training":
+        if case["what"] in ("naive training", "rware"):
             peers[case["sizes"]] = run["cpu"] / case["steps"]
-        ours = case["what"] == "training"
+        ours = case["what"] in ("training", "warehouse")
         floor = work / rates[case["threads"]] * case["steps"] if trains else 0
         rows.append([case["what"], case["sizes"], "" if trains else case["worlds"], case["threads"],
                      f"{run['wall']:.3g}", f"{run['cpu']:.3g}", f"{speed:,.0f}".replace(",", " "),
                      f"{peers[case['sizes']] / (run['cpu'] / case['steps']):.1f}" if ours else "",
-                     f"{run['wall'] / floor:.1f}" if ours else ""])
+                     f"{run['wall'] / floor:.1f}" if case["what"] == "training" else ""])
     return rows, {"matrix products": ", ".join(f"{n} threads {r:.0f} GFLOP/s" for n, r in rates.items()),
                   "times peer": "by processor seconds"}

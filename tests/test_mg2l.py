@@ -21,7 +21,7 @@ close = torch.testing.assert_close
 
 
 def make_args(**kw):
-    small = dict(env="spread", latent_dim=8, encoder_units=8, hidden=16, context_size=6, infer_size=7,
+    small = dict(env="spread", latent_dim=8, encoder_units=8, share_tran=False, hidden=16, context_size=6,
                  num_envs=6, context_envs=3, horizon=5, ring_size=4, ppo_epochs=2, encoder_updates=2,
                  eval_episodes=3, seed=0)
     return m.resolve(m.Args(**small | kw))
@@ -502,7 +502,8 @@ def test_mate_trains_on_what_it_was_told_while_playing():
 
 OTHERS = [dict(method=x) for x in ("none", "task-given", "global-only", "pearl", "mate")]
 OTHERS += [dict(pool="poe"), dict(n_blocks=1), dict(local_loss="kl"), dict(as_coded=True), dict(keys=1),
-           dict(share_params=True), dict(minibatches=2), dict(priority=True), dict(env="hunting")]
+           dict(share_params=True), dict(share_tran=True), dict(minibatches=2), dict(priority=True),
+           dict(env="hunting")]
 
 
 @pytest.mark.parametrize("kw", OTHERS)
@@ -567,7 +568,7 @@ def test_an_early_end_is_a_mask_and_play_stops_when_all_have_ended():
 
 def test_a_trial_infers_from_its_own_episodes_and_steps_only():
     torch.manual_seed(0)
-    args = make_args(infer_size=500)
+    args = make_args(context_size=500)
     n, s, T, R = 2, 2, 3, 4
     x = torch.zeros(n, s, T, R, 3)
     for i, e, t, r in itertools.product(range(n), range(s), range(T), range(R)):
@@ -620,8 +621,9 @@ def equal_grads(one, two):
             close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_the_naive_twin_has_the_same_gradients(monkeypatch):
-    args, env, params, _, norm, ring = made(encoder_layers=2, keys=2)
+@pytest.mark.parametrize("share", [False, True])
+def test_the_naive_twin_has_the_same_gradients(monkeypatch, share):
+    args, env, params, _, norm, ring = made(encoder_layers=2, keys=2, share_tran=share)
     M, K, phi = args.num_envs, 3, params["encoder"]
     tasks, eps = torch.arange(M) % K, [torch.randn(M + 2 * K, 8), torch.randn(2, M + 2 * K, 8)]
     contexts = ring.sample(torch.cat([tasks, torch.arange(K).repeat(2)]), 6, "few")
