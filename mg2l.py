@@ -41,9 +41,12 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
                   in all of this; --as-coded restores it, for comparison.
              [D3] Without --paper: smaller actors and critics, fewer epochs, larger steps.
              [D4] The paper's contexts, of ten episodes in a ring, are learned by heart: on new ones z tells
-                  spread's task no better than chance. Without --paper the rings are larger and fed in every
-                  iteration, queries come from 1 to 32 episodes, keys are means of several contexts, E_tran
-                  has two hidden layers, alpha is 0.01; in all sigma starts small, else noise drowns scores.
+                  spread's task no better than chance. In quick runs of spread and hunting the encoder learns
+                  alone at first, rings are larger and fed in every iteration, queries come from 1 to 32
+                  episodes, keys are means of several contexts, alpha is 0.003, E_tran has two hidden layers
+                  and is one for all agents, as in the paper (else one agent's may stay blind: z has the
+                  other's), latents are of 16 numbers, lest they drown the observation. In all runs sigma
+                  starts small: noise drowns scores.
              [D5] z is drawn once an episode; all agents step at once, and each critic step takes the encoder
                   along; V counts at the horizon; an early end is a mask, not a reset; tasks are stratified.
              [D6] Attention has no biases. Mix-MATE's mixer weighs the errors of all agents' latents, not of
@@ -105,8 +108,8 @@ Method = Literal["mg2l", "none", "task-given", "global-only", "pearl", "mate"]
 # What an argument left at None becomes: with --paper the authors' value, else the quick one, ours. [D3]
 COMMON = dict(num_envs=32, context_envs=4, hidden=256, latent_dim=64, ppo_epochs=15, minibatches=1, lr=5e-4,
               encoder_lr=5e-4, encoder_units=64, encoder_layers=1, kl_coef=0.1, local_loss="joint", mix="all",
-              keys=1, share_params=False, share_tran=False, horizon=100, iterations=1000, eval_every=50,
-              save_every=25, eval_episodes=16, num_threads=1)
+              keys=1, warm_up=0, share_params=False, share_tran=False, horizon=100, iterations=1000,
+              eval_every=50, save_every=25, eval_episodes=16, num_threads=1)
 PAPER = {
     "spread": dict(context_size=100, encoder_updates=50, ring_size=10),
     "hunting": dict(context_size=32, encoder_updates=20, ring_size=5),
@@ -116,9 +119,10 @@ PAPER = {
     "gather": dict(context_size=32, encoder_updates=10, ring_size=3, num_envs=8, ppo_epochs=5, hidden=64,
                    share_params=True),
 }
-TEAM = dict(hidden=64, latent_dim=16, ppo_epochs=8, lr=1e-3, encoder_lr=2e-3, encoder_layers=2, share_tran=True,
-            kl_coef=0.003, local_loss="own", mix="few", keys=8, context_envs=64, context_size=100,
-            encoder_updates=10, ring_size=500, iterations=450, eval_episodes=64)
+TEAM = dict(hidden=64, latent_dim=16, ppo_epochs=8, lr=1e-3, encoder_lr=2e-3, encoder_layers=2,
+            share_tran=True, kl_coef=0.003, local_loss="own", mix="few", keys=8, context_envs=64,
+            context_size=100, encoder_updates=10, ring_size=500, warm_up=100, iterations=500,
+            eval_episodes=64)
 ROBOTS = dict(num_envs=16, horizon=200, ppo_epochs=5, minibatches=4, context_size=64, encoder_updates=10,
               ring_size=20, iterations=300)
 QUICK = {"spread": TEAM, "hunting": TEAM, "cheetah_dir": ROBOTS, "hopper_param": ROBOTS,
@@ -199,6 +203,8 @@ class Args:
     """hidden layers of E_tran, eq. (2)"""
     encoder_updates: Optional[int] = None
     """U, steps on eq. (11) in an iteration; 0: the encoder learns from the critics alone"""
+    warm_up: Optional[int] = None
+    """iterations at first in which all rows are played by the prior and only the encoder learns [D4]"""
     encoder_lr: Optional[float] = None
     """step size of AdamW, eqs. (8) and (11)"""
     kl_coef: Optional[float] = None
@@ -235,6 +241,8 @@ def resolve(args):
     iterations = preset.pop("iterations")
     if args.method not in WITH_CONTEXT:  # nobody would read the rings
         args.context_envs = 0
+    if args.method not in CONTRASTIVE:
+        args.warm_up = 0
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -246,7 +254,7 @@ def resolve(args):
                  "save_every", "total_steps"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("encoder_updates", "n_blocks", "kl_coef", "ent_coef", "decay", "seed"):
+    for name in ("encoder_updates", "warm_up", "n_blocks", "kl_coef", "ent_coef", "decay", "seed"):
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
     for name in ("gamma", "gae_lambda"):
@@ -299,6 +307,7 @@ def make_env(args, num_envs):
 # linear layer that follows, which is the same function and spares two passes over the activations.
 HEADS, MIX = 4, 32  # heads of self-attention; the most episodes in a context of `few`
 WITH_CONTEXT = ("mg2l", "global-only", "pearl")
+CONTRASTIVE = ("mg2l", "global-only")
 
 
 def linear(x, w, b):
@@ -942,14 +951,14 @@ def iterate(env, params, optimizers, norm, ring, tasks, iteration, args):
     """One iteration of the algorithm box: plays, updates, fills the rings. Returns {tag: value} and how many
     transitions were played."""
     R, M, K, logs = env.num_envs, args.num_envs, len(tasks), {}
-    warm_up = args.method in WITH_CONTEXT and iteration * R < K  # all rows by the prior, nothing learned yet
+    warm_up = args.method in WITH_CONTEXT and (iteration < args.warm_up or iteration * R < K)
     index = choose_tasks(K, M, R - M, iteration * R if warm_up else None)
     latent, draw = make_latent(env, params, ring, index, tasks[index.to(tasks.device)], warm_up, args)
     play = rollout(env, params["theta"], tasks[index.to(tasks.device)], latent)
     x = transitions(play, env.action_dims[0] if env.discrete else None)
     if not warm_up:
         logs |= ppo_update(params, optimizers, norm, play, M, draw, args)
-    if args.method in ("mg2l", "global-only") and bool(ring.length[:, 0].all()):
+    if args.method in CONTRASTIVE and bool(ring.length[:, 0].all()):
         for _ in range(args.encoder_updates):
             loss, tags = encoder_losses(params["encoder"], ring, index[:M], args)
             step([optimizers["encoder"]], loss, [params["encoder"]])

@@ -22,8 +22,8 @@ close = torch.testing.assert_close
 
 def make_args(**kw):
     small = dict(env="spread", latent_dim=8, encoder_units=8, share_tran=False, hidden=16, context_size=6,
-                 num_envs=6, context_envs=3, horizon=5, ring_size=4, ppo_epochs=2, encoder_updates=2,
-                 eval_episodes=3, seed=0)
+                 num_envs=6, context_envs=3, warm_up=0, horizon=5, ring_size=4, ppo_epochs=2,
+                 encoder_updates=2, eval_episodes=3, seed=0)
     return m.resolve(m.Args(**small | kw))
 
 
@@ -518,6 +518,18 @@ def test_every_method_trains(kw):
     test = m.meta_test(args, params, "train")
     shots = {"0", "1", "2", "4", "8", "mean"} if args.method in m.WITH_CONTEXT else {"0"}
     assert set(test.returns) == shots and all(x.shape == (len(test.tasks), 3) for x in test.returns.values())
+
+
+def test_at_first_the_prior_plays_all_rows_and_only_the_encoder_learns():
+    args, env, params, optimizers, norm, ring = made(warm_up=3)
+    before = copy.deepcopy({g: {k: v.detach() for k, v in p.items()} for g, p in params.items()})
+    episodes = ring.next.clone()
+    logs, _ = m.iterate(env, params, optimizers, norm, ring, env.all_tasks(), 2, args)
+    same = lambda g: all(torch.equal(v, params[g][k]) for k, v in before[g].items())
+    assert same("theta") and same("critic") and not same("encoder") and "adapt/return_1" not in logs
+    assert ((ring.next - episodes) % args.ring_size == 3).all()  # nine rows, three tasks
+    m.iterate(env, params, optimizers, norm, ring, env.all_tasks(), 3, args)
+    assert not same("theta") and not same("critic")
 
 
 def test_share_params_has_one_network_and_learns_from_all_agents():

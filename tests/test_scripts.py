@@ -30,8 +30,8 @@ TINY = {
                   episode_embedding_dim=4, in_ep_lstm_dim=4, om_training_iters=1,
                   num_traj_to_train=2, eval_episodes=2, num_threads=1, save_every=1),
     "mg2l": dict(env="spread", num_envs=3, context_envs=2, horizon=5, hidden=8, latent_dim=4, encoder_units=4,
-                 context_size=4, encoder_updates=2, keys=2, ring_size=3, ppo_epochs=2,
-                 eval_episodes=2, num_threads=1, save_every=1),
+                 context_size=4, encoder_updates=2, keys=2, ring_size=3, warm_up=1,
+                 ppo_epochs=2, eval_episodes=2, num_threads=1, save_every=1),
 }
 ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "maml_rl": 4 * 3 * 5 * 2, "tesp": 4 * 3 * 5 * 5,
              "coded_maddpg": 4 * 5, "lemol": 2 * 2 * 4, "mg2l": (3 + 2) * 5}
