@@ -287,7 +287,7 @@ def make_env(args, num_envs):
     #   num_envs B, horizon, num_agents n, obs_dims and action_dims (all agents' the same), discrete, device
     #   all_tasks(split) -> (K, D);  reset(task (B, D)) -> obs, n times (B, O)
     #   step(n times (B, A) or (B,)) -> obs, reward (B, n), terminated (B,), truncated (B,), info
-    #   optional: image = (height, width, channels), where an observation is such an image, flat; render(row)
+    #   optional: render(row) -> (H, W, 3) uint8
     try:
         env = envs.make(args.env, num_envs, horizon=args.horizon, device=args.device)
     except (ImportError, ValueError) as e:  # an ImportError says which package to install
