@@ -109,7 +109,7 @@ Method = Literal["mg2l", "none", "task-given", "global-only", "pearl", "mate"]
 COMMON = dict(num_envs=32, context_envs=4, hidden=256, latent_dim=64, ppo_epochs=15, minibatches=1, lr=5e-4,
               encoder_lr=5e-4, encoder_units=64, encoder_layers=1, kl_coef=0.1, local_loss="joint", mix="all",
               keys=1, warm_up=0, share_params=False, share_tran=False, horizon=100, iterations=1000,
-              eval_every=50, save_every=25, eval_episodes=16, num_threads=1)
+              eval_every=50, save_every=25, eval_episodes=16, eval_context=None, num_threads=1)
 PAPER = {
     "spread": dict(context_size=100, encoder_updates=50, ring_size=10),
     "hunting": dict(context_size=32, encoder_updates=20, ring_size=5),
@@ -122,7 +122,7 @@ PAPER = {
 TEAM = dict(hidden=64, latent_dim=16, ppo_epochs=8, lr=1e-3, encoder_lr=2e-3, encoder_layers=2,
             share_tran=True, kl_coef=0.003, local_loss="own", mix="few", keys=8, context_envs=64,
             context_size=100, encoder_updates=10, ring_size=500, warm_up=100, iterations=500,
-            eval_episodes=64)
+            eval_episodes=64, eval_context=400)
 ROBOTS = dict(num_envs=16, horizon=200, ppo_epochs=5, minibatches=4, context_size=64, encoder_updates=10,
               ring_size=20, iterations=300)
 QUICK = {"spread": TEAM, "hunting": TEAM, "cheetah_dir": ROBOTS, "hopper_param": ROBOTS,
@@ -227,6 +227,8 @@ class Args:
     """weight of the entropy in eq. (7)"""
     max_grad_norm: float = 10.0
     """each agent's gradient of actor and of critic is clipped to this norm"""
+    eval_context: Optional[int] = None
+    """B in an evaluation: pooling takes any number; default: --context-size"""
     eval_tasks: int = 10
     """tasks of each split in an evaluation: the first ones, or all if there are fewer"""
 
@@ -246,12 +248,13 @@ def resolve(args):
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.eval_context = args.eval_context or args.context_size
     for name in "total_steps", "decay":
         if getattr(args, name) is None:
             setattr(args, name, iterations * steps_per_iteration(args))
     for name in ("num_envs", "horizon", "context_size", "ring_size", "hidden", "latent_dim", "ppo_epochs",
-                 "minibatches", "eval_tasks", "keys", "encoder_units", "encoder_layers", "num_threads",
-                 "save_every", "total_steps"):
+                 "minibatches", "eval_tasks", "eval_context", "keys", "encoder_units", "encoder_layers",
+                 "num_threads", "save_every", "total_steps"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for name in ("encoder_updates", "warm_up", "n_blocks", "kl_coef", "ent_coef", "decay", "seed"):
@@ -459,15 +462,15 @@ def encode(p, context, args):
     actors reach what z is made of."""
     n, R, B, _ = context.shape
     tran, agg, glob = (under(p, name) for name in ("tran", "agg", "glob"))
-    e, *last = gelu_mlp(tran, context.flatten(1, 2))  # (n, R B, C), and what is still to be done to it
+    e, *last = gelu_mlp(tran, context.flatten(1, 2))  # (n, R B, H), and what is still to be done to it
     if args.method == "pearl":
         return product(linear(e, *last).unflatten(1, (R, B)))
     if args.as_coded:  # [D2] agents are pooled first; z^i is made of one transition, the i-th, of all agents
-        u, _ = pool(agg, linear(e, *last).unflatten(1, (R, B)).movedim(0, -2), args.pool)  # (R, B, C)
+        u, _ = pool(agg, linear(e, *last).unflatten(1, (R, B)).movedim(0, -2), args.pool)  # (R, B, H)
         mu_g, weight = pool(glob, u, args.pool)
         x, weight = u[:, :n].transpose(0, 1), weight.expand(n, -1, -1)
     else:
-        x, weight = pool(agg, e.unflatten(1, (R, B)), args.pool, last)  # (n, R, C)
+        x, weight = pool(agg, e.unflatten(1, (R, B)), args.pool, last)  # (n, R, H)
         mu_g, _ = pool(glob, x.transpose(0, 1), args.pool)  # (R, C)
     sigma = lambda name, mu: F.softplus(mu @ p[f"{name}.w"] + p[f"{name}.b"])
     mu_l = linear(*gelu_mlp(under(p, "local"), x.detach()))
@@ -988,10 +991,9 @@ SHOTS = (0, 1, 2, 4, 8)
 
 class Test(NamedTuple):
     tasks: torch.Tensor  # (K, D)
-    returns: dict  # {"0", "1", ... "8", and "mean": with the means of q^i: (K, E), means over agents}
+    returns: dict  # {"random", "0" .. "8", "mean": by the means of q^i: (K, E)}, means over agents
     accuracy: dict  # {"z_1", "pair_1", "zi_1", ... "zi_8": share of held-out contexts told from other tasks'}
     mu_l: Optional[torch.Tensor]  # (n, K, E, C)
-    random: float  # return of random actions
 
 
 @torch.no_grad()
@@ -1006,14 +1008,15 @@ def meta_test(args, params, split, frames=None):
         rows, choices = [k * E for k in range(min(K, 4))], env.action_dims[0] if env.discrete else None
         plays, returns, accuracy, mu_l = [], {}, {}, None
 
-        def play(name, latent):
+        def play(name, latent, theta=params["theta"]):
             pictures = frames.setdefault(name, []) if frames is not None else None
-            out = rollout(env, params["theta"], tasks, latent, pictures, rows)
+            out = rollout(env, theta, tasks, latent, pictures, rows)
             returns.setdefault(name, []).append(out.reward.sum(1).mean(0).view(K, E))
             return out
 
+        prior = lambda: make_latent(env, params, None, None, tasks, True, args)[0]
         for _ in range(max(SHOTS) if args.method in WITH_CONTEXT else 1):
-            plays.append(play("0", make_latent(env, params, None, None, tasks, True, args)[0]))
+            plays.append(play("0", prior()))
         for shots in SHOTS[1:] if args.method in WITH_CONTEXT else ():
             x = torch.stack([transitions(p, choices) for p in plays[:shots]], 1)  # (n, s, T, R, F)
             lengths = torch.stack([p.alive.sum(0) for p in plays[:shots]])  # (s, R)
@@ -1026,8 +1029,9 @@ def meta_test(args, params, split, frames=None):
             best = q.mu_g.expand_as(q.mu_l) if args.method == "global-only" else q.mu_l
             play("mean", constant(best, best[:1]))
             mu_l = q.mu_l.unflatten(1, (K, E))
-        returns = {name: torch.stack(r).mean(0) for name, r in returns.items()}
-        return Test(every, returns, accuracy, mu_l, random_return(env, tasks))
+        play("random", prior(), {k: torch.zeros_like(v) for k, v in params["theta"].items()})
+        returns = {k: torch.stack(returns[k]).mean(0) for k in ("random", *returns)}
+        return Test(every, returns, accuracy, mu_l)
 
 
 def infer_from(phi, x, lengths, args):
@@ -1040,7 +1044,7 @@ def infer_from(phi, x, lengths, args):
         at = (torch.rand(R, B).to(x.device) * length).long()
         return x.flatten(1, 2)[:, episode * T + at, torch.arange(R, device=x.device)[:, None]]
 
-    return encode(phi, draw_context(phi, own, args.context_size, args), args)
+    return encode(phi, draw_context(phi, own, args.eval_context, args), args)
 
 
 def draw_latents(q):
@@ -1059,21 +1063,6 @@ def accuracies(query, key, K, E, keys):
     right = torch.arange(K, device=z.device)[:, None]
     return {name: (s.argmax(-1) == right).float().mean().item()
             for name, s in (("z", scores), ("pair", scores + own), ("zi", own))}
-
-
-def random_return(env, tasks):
-    """Mean return of actions drawn from N(0, 1), or uniformly from the choices."""
-    env.reset(tasks)
-    total = alive = torch.ones(len(tasks), device=tasks.device)
-    total = total * 0
-    for _ in range(env.horizon):
-        if env.discrete:
-            action = [torch.randint(A, (env.num_envs,)).to(tasks.device) for A in env.action_dims]
-        else:
-            action = [randn(env.num_envs, A, device=tasks.device) for A in env.action_dims]
-        _, reward, terminated, _, _ = env.step(tuple(action))
-        total, alive = total + reward.mean(1) * alive, alive * ~terminated
-    return total.mean().item()
 
 
 def splits_of(args):
@@ -1096,7 +1085,6 @@ def summary(results):
             flat |= {f"eval/{split}/return_{name}": x.mean().item(),
                      f"eval/{split}/return_{name}_ci95": interval(x.flatten()).item()}
         flat |= {f"eval/{split}/accuracy_{name}": v for name, v in test.accuracy.items()}
-        flat[f"eval/{split}/return_random"] = test.random
     return flat
 
 
@@ -1105,9 +1093,9 @@ def table(results, args):
     row = lambda name, values: f"{name:26s}" + "".join(f"{v:>10s}" for v in values).rstrip()
     lines = [f"{args.env}, {args.method}: mean return of the agents after s episodes of the prior"]
     for split, test in results.items():
-        lines += [row(f"{len(test.tasks)} {split} tasks, s =", ["random", *test.returns]),
-                  row("return", [f"{test.random:.1f}", *(f"{x.mean():.1f}" for x in test.returns.values())]),
-                  row("  ± 95 %", ["", *(f"{interval(x.flatten()):.1f}" for x in test.returns.values())])]
+        lines += [row(f"{len(test.tasks)} {split} tasks, s =", test.returns),
+                  row("return", [f"{x.mean():.1f}" for x in test.returns.values()]),
+                  row("  ± 95 %", [f"{interval(x.flatten()):.1f}" for x in test.returns.values()])]
         for name, label in ("z", "task told by z"), ("pair", "  by z and z^i"), ("zi", "  by z^i alone"):
             if test.accuracy:
                 told = [f"{test.accuracy[f'{name}_{s}']:.3f}" for s in SHOTS[1:]]

@@ -23,7 +23,7 @@ close = torch.testing.assert_close
 def make_args(**kw):
     small = dict(env="spread", latent_dim=8, encoder_units=8, share_tran=False, hidden=16, context_size=6,
                  num_envs=6, context_envs=3, warm_up=0, horizon=5, ring_size=4, ppo_epochs=2,
-                 encoder_updates=2, eval_episodes=3, seed=0)
+                 encoder_updates=2, eval_episodes=3, eval_context=7, seed=0)
     return m.resolve(m.Args(**small | kw))
 
 
@@ -516,7 +516,7 @@ def test_every_method_trains(kw):
     for group, p in params.items():
         assert not p or any(not torch.equal(a, b) for a, b in zip(before[group], p.values())), group
     test = m.meta_test(args, params, "train")
-    shots = {"0", "1", "2", "4", "8", "mean"} if args.method in m.WITH_CONTEXT else {"0"}
+    shots = {"random", "0"} | ({"1", "2", "4", "8", "mean"} if args.method in m.WITH_CONTEXT else set())
     assert set(test.returns) == shots and all(x.shape == (len(test.tasks), 3) for x in test.returns.values())
 
 
@@ -580,7 +580,7 @@ def test_an_early_end_is_a_mask_and_play_stops_when_all_have_ended():
 
 def test_a_trial_infers_from_its_own_episodes_and_steps_only():
     torch.manual_seed(0)
-    args = make_args(context_size=500)
+    args = make_args(eval_context=500)
     n, s, T, R = 2, 2, 3, 4
     x = torch.zeros(n, s, T, R, 3)
     for i, e, t, r in itertools.product(range(n), range(s), range(T), range(R)):
