@@ -45,13 +45,13 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
                   alone at first, rings are larger and fed in every iteration, queries come from 1 to 32
                   episodes, keys are means of several contexts, alpha is 0.003, E_tran has two hidden layers
                   and is one for all agents, as in the paper (else one agent's may stay blind: z has the
-                  other's), latents are of 16 numbers, lest they drown the observation. In all runs sigma
-                  starts small: noise drowns scores.
+                  other's), latents are of 16 numbers, lest they drown the observation. In all runs but those
+                  as coded sigma starts small: noise drowns scores.
              [D5] z is drawn once an episode; all agents step at once, and each critic step takes the encoder
                   along; V counts at the horizon; an early end is a mask, not a reset; tasks are stratified.
              [D6] Attention has no biases. Mix-MATE's mixer weighs the errors of all agents' latents, not of
                   a sampled one, which gives it no gradient; it shares AdamW and alpha with the rest.
-  Run        python mg2l.py --env spread                          # two cores: see benchmark/README.md
+  Run        python mg2l.py --env spread                          # three minutes
              python mg2l.py --env spread --method task-given
              python mg2l.py --env spread --method none
              python mg2l.py --env spread --method global-only
@@ -66,7 +66,11 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
              python mg2l.py --env rware
              python mg2l.py --env gather
              python mg2l.py --evaluate runs/x/checkpoint.pt --capture-video    # latents.png and play.gif
-  Expect     @@EXPECT@@
+  Expect     spread, seeds 1, 2, 3, after 8 episodes of the prior: return -81, -102, -106 (by hand: random
+             -284, without knowing the task -113, knowing it -17); by the means of q^i -79, -98, -104; the
+             prior's own episodes -197, -201, -211. Of new trials one agent's z^i tells the task in 0.95,
+             0.95, 0.97 (chance 0.33) and z in 0.99; after a single episode z^i tells 0.60 to 0.67. 190 s of
+             one core.
   Licence    MIT. Please cite the paper above for the method.
 """
 
@@ -587,13 +591,6 @@ class Ring:
         index = ((tasks[:, None] * size + episode) * H + at).flatten().to(self.data.device)
         return self.data.flatten(1, 3).index_select(1, index).unflatten(1, (R, B))
 
-    def state_dict(self):
-        return {"data": self.data, "length": self.length, "next": self.next}
-
-    def load_state_dict(self, state):
-        for name, x in self.state_dict().items():
-            x.copy_(state[name])
-
 
 def draw_context(p, sample, B, args):
     """A context from sample(B) -> (n, R, B, F). With --priority each agent draws B of 4 B transitions again,
@@ -1016,11 +1013,12 @@ def meta_test(args, params, split, frames=None):
 
         prior = lambda: make_latent(env, params, None, None, tasks, True, args)[0]
         for _ in range(max(SHOTS) if args.method in WITH_CONTEXT else 1):
-            plays.append(play("0", prior()))
+            p = play("0", prior())
+            x = F.pad(transitions(p, choices), (0, 0, 0, 0, 0, env.horizon - len(p.alive)))  # (n, T, R, F)
+            plays.append((x, p.alive.sum(0)))
         for shots in SHOTS[1:] if args.method in WITH_CONTEXT else ():
-            x = torch.stack([transitions(p, choices) for p in plays[:shots]], 1)  # (n, s, T, R, F)
-            lengths = torch.stack([p.alive.sum(0) for p in plays[:shots]])  # (s, R)
-            q, key = (infer_from(phi, x, lengths, args) for _ in range(2))
+            seen, lengths = zip(*plays[:shots])
+            q, key = (infer_from(phi, torch.stack(seen, 1), torch.stack(lengths), args) for _ in range(2))
             z, zi = draw_latents(q)
             told = accuracies((z, zi), draw_latents(key), K, E, args.keys)
             accuracy |= {f"{name}_{shots}": v for name, v in told.items()}
@@ -1385,9 +1383,9 @@ def restore(path, args, params, optimizers=None, norm=None, ring=None):
         if optimizers:
             for group, o in optimizers.items():
                 o.load_state_dict(state["optimizers"][group])
-            for k, x in vars(norm).items():
-                x.copy_(state["norm"][k])
-            ring.load_state_dict(state["ring"])
+            for name, thing in ("norm", norm), ("ring", ring):
+                for k, x in vars(thing).items():
+                    x.copy_(state[name][k])
     except (KeyError, RuntimeError, ValueError):
         was = state["args"]
         fail(f"{path} holds {was['method']} for {was['env']} with {was['hidden']} and {was['latent_dim']} "
@@ -1444,7 +1442,7 @@ def train(args):
         if stop or done or iteration % args.save_every == 0:
             save(log.dir / "checkpoint.pt", dict(
                 params=copy_of(params), optimizers={group: o.state_dict() for group, o in optimizers.items()},
-                norm=vars(norm), ring=ring.state_dict(), iteration=iteration, global_step=global_step), args)
+                norm=vars(norm), ring=vars(ring), iteration=iteration, global_step=global_step), args)
     if done and results:
         write_eval(log.dir, summary(results), global_step, args.seed)
         print(f"{table(results, args)}\n{log.dir}: {global_step} steps")

@@ -600,6 +600,13 @@ def test_a_trial_infers_from_its_own_episodes_and_steps_only():
     assert set(c[0, 3].tolist()) == {3, 103, 113, 123}
 
 
+def test_trials_whose_episodes_all_end_early_are_evaluated():
+    pytest.importorskip("mujoco")
+    args, _, params, *_ = made(env="hopper_param", num_envs=4, minibatches=1, horizon=150)
+    test = m.meta_test(args, params, "test")  # a hopper falls after some twenty steps, each time another number
+    assert all(x.shape == (10, 3) and x.isfinite().all() for x in test.returns.values())
+
+
 def test_accuracies_find_the_task_and_never_meet_their_own_trial():
     K, E = 3, 4
     eye = torch.eye(K).repeat_interleave(E, 0)
