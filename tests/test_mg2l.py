@@ -603,7 +603,7 @@ def test_a_trial_infers_from_its_own_episodes_and_steps_only():
 def test_trials_whose_episodes_all_end_early_are_evaluated():
     pytest.importorskip("mujoco")
     args, _, params, *_ = made(env="hopper_param", num_envs=4, minibatches=1, horizon=150)
-    test = m.meta_test(args, params, "test")  # a hopper falls after some twenty steps, each time another number
+    test = m.meta_test(args, params, "test")  # hoppers fall early, each time at another step
     assert all(x.shape == (10, 3) and x.isfinite().all() for x in test.returns.values())
 
 
@@ -644,6 +644,7 @@ def equal_grads(one, two):
 def test_the_naive_twin_has_the_same_gradients(monkeypatch, share):
     args, env, params, _, norm, ring = made(encoder_layers=2, keys=2, share_tran=share)
     M, K, phi = args.num_envs, 3, params["encoder"]
+    assert len(phi["tran.w0"]) == (1 if share else 2) and len(phi["local.w0"]) == 2
     tasks, eps = torch.arange(M) % K, [torch.randn(M + 2 * K, 8), torch.randn(2, M + 2 * K, 8)]
     contexts = ring.sample(torch.cat([tasks, torch.arange(K).repeat(2)]), 6, "few")
     monkeypatch.setattr(m.Ring, "sample", lambda *_: contexts)
@@ -682,7 +683,7 @@ def test_the_naive_twin_trains():
 # ---------------------------------------------------------------- 17. does the encoder learn
 def test_contexts_of_random_play_are_told_apart():
     """Contexts of all random-play episodes in small rings; 300 updates with the paper's encoder."""
-    args = m.resolve(m.Args(env="spread", local_loss="joint", mix="all", keys=1, context_envs=4, num_envs=26))
+    args = m.resolve(m.Args(env="spread", paper=True, num_envs=26))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     env = m.make_env(args, 30)
