@@ -51,7 +51,8 @@ def build(case):
     """args, and what mg2l.iterate() needs, after an iteration that fills the rings."""
     import mg2l as m
 
-    args = m.resolve(m.Args(env="spread", paper=case["sizes"] == "paper", num_threads=case["threads"]))
+    args = m.resolve(m.Args(env="spread", paper=case["sizes"] == "paper", num_threads=case["threads"],
+                            warm_up=0))
     m.set_up(args)
     env = m.make_env(args, args.num_envs + args.context_envs)
     state, tasks = m.build(args, env), env.all_tasks()
