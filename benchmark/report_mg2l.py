@@ -122,7 +122,7 @@ def figure(name, results):
         right.annotate(label, (right.get_xlim()[0], value), fontsize=7, va="bottom")
     left.set(xlabel="environment steps, millions", ylabel="return in training")
     middle.set(xlabel="environment steps, millions", ylim=(0, 1),
-               ylabel="share of new trials whose task z^i tells, 8 episodes")
+               ylabel="share of new trials whose task z^i tells")
     right.set(xlabel="episodes of the prior, of which z^i is inferred", ylabel="return", xticks=range(5),
               xticklabels=[0, 1, 2, 4, 8])
     for ax in (left, middle, right):
