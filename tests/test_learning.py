@@ -7,6 +7,7 @@ import pytest
 import coded_maddpg
 import lemol
 import meta_mapg
+import mg2l
 import tesp
 
 pytestmark = pytest.mark.slow
@@ -56,3 +57,9 @@ def test_lemol_foresees_a_new_learner_better_than_a_model_without_learning_state
     assert result["eval/cycle_2/om_ce"] < result["eval/cycle_2/ablated_ce"] - 0.04
     assert result["eval/cycle_2/om_acc"] > result["eval/cycle_2/ablated_acc"] + 0.05
     assert result["eval/cycle_2/return_1/10"] > result["eval/cycle_2/return_1/1"] + 10  # the attacker learns
+
+
+def test_mg2l_tells_hidden_targets_from_what_one_agent_saw(tmp_path):
+    result = final(mg2l, tmp_path, env="spread", total_steps=960_000, eval_every=0)  # the encoder alone
+    assert result["eval/train/accuracy_zi_8"] > 0.75  # measured: 0.89; chance 0.33
+    assert result["eval/train/accuracy_z_8"] > 0.85

@@ -29,9 +29,12 @@ TINY = {
                   max_episode_len=4, chunk_length=2, num_units=8, lstm_hidden_dim=4,
                   episode_embedding_dim=4, in_ep_lstm_dim=4, om_training_iters=1,
                   num_traj_to_train=2, eval_episodes=2, num_threads=1, save_every=1),
+    "mg2l": dict(env="spread", num_envs=3, context_envs=2, horizon=5, hidden=8, latent_dim=4, encoder_units=4,
+                 context_size=4, encoder_updates=2, keys=2, ring_size=3, warm_up=1,
+                 ppo_epochs=2, eval_episodes=2, num_threads=1, save_every=1),
 }
 ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "maml_rl": 4 * 3 * 5 * 2, "tesp": 4 * 3 * 5 * 5,
-             "coded_maddpg": 4 * 5, "lemol": 2 * 2 * 4}
+             "coded_maddpg": 4 * 5, "lemol": 2 * 2 * 4, "mg2l": (3 + 2) * 5}
 BAD = {  # command lines that must end in one line and exit code 2
     "meta_mapg": ["--method nonsense", "--num-chains 0", "--num-chains many", "--chain-length 0", "--gamma 1",
                   "--gradient exact --policy lstm", "--env rps --gradient exact", "--opponent-model",
@@ -51,6 +54,9 @@ BAD = {  # command lines that must end in one line and exit code 2
               "--bad-policy maddpg_ddpg --good-policy maddpg_ddpg", "--batch-size 2000", "--gamma 2",
               "--episode-embedding-dim 3", "--om oracle --fully-decentralise-lemol", "--num-episodes many",
               "--trajectories truncated.pt", "--traj-per-iter 0"],
+    "mg2l": ["--method nonsense", "--env ipd", "--context-envs 0", "--num-envs 0", "--gamma 2", "--lr 0",
+             "--eval-episodes 1", "--num-envs 32 --minibatches 5", "--as-coded --method pearl",
+             "--as-coded --context-size 1", "--n-blocks 1 --encoder-units 6", "--context-size many"],
 }
 EVERYWHERE = ["--env nonsense", "--nonsense 3", "--resume missing.pt", "--resume truncated.pt",
               "--resume foreign.pt", "--evaluate foreign.pt", "--device nonsense", "--run-dir occupied"]

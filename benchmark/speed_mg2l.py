@@ -1,0 +1,120 @@
+"""
+How fast mg2l.py and its worlds are: spread, hunting and the warehouse step by step, the last beside rware;
+and training on spread, updates included, beside naive_mg2l.py and the arithmetic's floor. Used by speed.py.
+"""
+
+from speed import timed
+
+WORLDS = (1, 32, 1024)
+HEAD = ["what", "sizes", "worlds", "threads", "seconds", "cpu_seconds", "steps_per_s", "times_peer",
+        "times_floor"]
+
+
+def cases(quick, all_threads):
+    """In the order in which they take turns."""
+    out = [dict(what="world", sizes=name, worlds=B, threads=1, steps=100 if quick else 1000)
+           for name in ("spread", "hunting") for B in WORLDS]
+    out += [dict(what=name, sizes="4 robots", worlds=64, threads=1, steps=steps if quick else 10 * steps)
+            for name, steps in (("rware", 10), ("warehouse", 100))]  # rware: a millisecond for each step
+    for sizes in ("quick",) if quick else ("quick", "paper"):
+        out.append(dict(what="naive training", sizes=sizes, worlds=1, threads=1, steps=1))
+        out += [dict(what="training", sizes=sizes, worlds=1, threads=n, steps=3 if quick else 10)
+                for n in all_threads]
+    return [*out, *(dict(what="matmul", threads=threads) for threads in all_threads)]
+
+
+def measure_world(case):
+    import torch
+
+    import envs
+
+    env = envs.make(case["sizes"], case["worlds"])
+    acts = [torch.randn(env.num_agents, case["worlds"], 2) for _ in range(100)]
+
+    def play():
+        for _ in range(case["steps"] // 100):
+            env.reset()
+            for a in acts:
+                env.step(a)
+
+    return timed(play, 2)
+
+
+def measure_warehouse(case):
+    import worlds_mg2l
+
+    make = worlds_mg2l.ours if case["what"] == "warehouse" else worlds_mg2l.rware
+    return timed(make(case["worlds"], case["steps"]), 2)
+
+
+def build(case):
+    """args, and what mg2l.iterate() needs, after an iteration that fills the rings."""
+    import mg2l as m
+
+    args = m.resolve(m.Args(env="spread", paper=case["sizes"] == "paper", num_threads=case["threads"],
+                            warm_up=0))
+    m.set_up(args)
+    env = m.make_env(args, args.num_envs + args.context_envs)
+    state, tasks = m.build(args, env), env.all_tasks()
+    m.iterate(env, *state, tasks, 0, args)
+    return args, env, state, tasks
+
+
+def measure_training(case):
+    import mg2l as m
+
+    args, env, state, tasks = build(case)
+    return timed(lambda: [m.iterate(env, *state, tasks, 1, args) for _ in range(case["steps"])], 1)
+
+
+def measure_naive(case):
+    import naive_mg2l as naive
+
+    import mg2l as m
+
+    args, _, state, tasks = build(case)
+    twin = naive.Naive(lambda: m.make_env(args, 1), args, *state, tasks)
+    return timed(lambda: [twin.iterate() for _ in range(case["steps"])], 1)
+
+
+MEASURES = {"world": measure_world, "rware": measure_warehouse, "warehouse": measure_warehouse,
+            "training": measure_training, "naive training": measure_naive}
+
+
+def measure(case):
+    """Wall and processor seconds of a case."""
+    return MEASURES[case["what"]](case)
+
+
+def gflop(sizes):
+    """Arithmetic of the products in one iteration, forward and twice that backward, and transitions in it."""
+    import mg2l as m
+
+    args = m.resolve(m.Args(env="spread", paper=sizes == "paper"))
+    n, O, A, C, H, U, B = 2, 10, 2, args.latent_dim, args.hidden, args.encoder_units, args.context_size
+    mlp = lambda inputs, out: inputs * H + H * H + H * out
+    nets = n * args.num_envs * args.horizon * (mlp(O + C, A) + mlp(n * O + C, 1))
+    tran = (2 * O + A + 1) * U + (args.encoder_layers - 1) * U * U  # the last layer comes after the pool
+    contexts = args.ppo_epochs * args.num_envs + args.encoder_updates * (args.num_envs + 3 * args.keys)
+    return 6e-9 * (args.ppo_epochs * nets + contexts * n * B * tran), m.steps_per_iteration(args)
+
+
+def summary(plan, best, rates):
+    """The rows of the table, and what else there is to say; rates: {threads: GFLOP/s}."""
+    rows, peers = [HEAD], {}
+    for case, run in zip(plan, best):
+        if case["what"] == "matmul":
+            continue
+        trains = "training" in case["what"]
+        work, transitions = gflop(case["sizes"]) if trains else (0, case["worlds"])
+        speed = case["steps"] * transitions / run["wall"]
+        if case["what"] in ("naive training", "rware"):
+            peers[case["sizes"]] = run["cpu"] / case["steps"]
+        ours = case["what"] in ("training", "warehouse")
+        floor = work / rates[case["threads"]] * case["steps"] if trains else 0
+        rows.append([case["what"], case["sizes"], "" if trains else case["worlds"], case["threads"],
+                     f"{run['wall']:.3g}", f"{run['cpu']:.3g}", f"{speed:,.0f}".replace(",", " "),
+                     f"{peers[case['sizes']] / (run['cpu'] / case['steps']):.1f}" if ours else "",
+                     f"{run['wall'] / floor:.1f}" if case["what"] == "training" else ""])
+    return rows, {"matrix products": ", ".join(f"{n} threads {r:.0f} GFLOP/s" for n, r in rates.items()),
+                  "times peer": "by processor seconds"}

@@ -1,0 +1,193 @@
+"""
+Particle worlds with a hidden target (Zhao et al., 2025, IEEE TNNLS, DOI 10.1109/TNNLS.2025.3540758, Sec. V):
+who counts is the task, and nobody can see it; only the rewards tell.
+
+World           Agents   Besides                    Task
+spread          2        3 landmarks                which 2 of them count: 0/1 vector (3,), 3 tasks
+spread_large    3        4 landmarks                which 3 of them count: 0/1 vector (4,), 4 tasks
+hunting         3        2 preys                    which of them counts: one-hot (2,), 2 tasks
+hunting_large   3        3 preys, 2 obstacles       the same: one-hot (3,), 3 tasks
+
+State     positions and velocities. One step: v <- 0.75 v + 0.1 force, then x <- x + 0.1 v; no masses.
+Actions   (B, 2), nominally in [-1, 1]^2, not clipped; the force is 5 (spread) or 3 (hunting) times that.
+Walls     soft ramps per axis, 100 times a softplus, that begin where |x| + radius = 1, and push inwards up to
+          |x| = 1.2; beyond that outwards, as in the authors' code.
+Start     agents and preys in [-1, 1]^2, landmarks and obstacles in [-0.9, 0.9]^2, v = 0.
+End       never before the horizon, 100.
+
+Spread    Observed: own position, the way to each landmark, the way to each other agent. Reward: minus the sum
+          over counting landmarks of the distance to the nearest agent, times the number of agents, the same
+          for all. Radius 0.15; bodies pass through each other.
+Hunting   Observed: own position; the way to each other predator, each prey, each obstacle; then the same
+          distances; zeros where the distance is 1.414 or more. Reward: -0.1 times the sum of the predators'
+          distances to the prey that counts, and 10 for each predator that touches it. It flees from its
+          nearest predator; the others wander: forces uniform in [-1, 1]^2 (the authors' are in [0, 1]^2 and
+          drift into a corner). Predators: radius 0.1, speed up to 1; preys: 0.05 and 1.2. All bodies push
+          each other away, as in envs.particle.
+
+The set of tasks is finite, and the same in "train" and "test": there is nothing to hold out. The code of the
+paper has spread and hunting; the larger ones are ours after its moving pictures, where the obstacles' size,
+0.2, is that of an earlier public prototype, and that predators see them is our choice.
+"""
+
+from itertools import combinations
+
+import numpy as np
+import torch
+
+from .navigation import check_task
+from .particle import BLUE, GOALS, GREY, MARGIN, RED, STIFFNESS, contact, disc, integrate, relate
+
+WALL, REACH, SIGHT = 1.2, 0.2, 1.414  # the walls stand at +-WALL, reach so far inwards; predators see so far
+
+
+def walls(pos, radii):
+    """Forces (2, M, B) of the four walls on bodies at pos (2, M, B) with radii (M,)."""
+    force = np.zeros_like(pos)
+    if np.abs(pos).max() > WALL - REACH - radii.max() - 50 * MARGIN:  # elsewhere they are below 1e-22
+        for wall in (WALL, -WALL):
+            gap = pos - wall
+            overlap = (radii[:, None] + REACH - np.abs(gap)) / MARGIN
+            force += STIFFNESS * MARGIN * np.sign(gap) * np.logaddexp(0, overlap)
+    return force
+
+
+class Targets:
+    """What the worlds share. Index order inside: x or y, bodies, agents, worlds. Agents come first among the
+    bodies, then what else moves (M movers in all), then what stands still."""
+
+    discrete = False
+
+    def __init__(self, name, num_envs, horizon=100, device="cpu"):
+        if horizon < 1:
+            raise ValueError(f"{name}: horizon must be at least 1, not {horizon}")
+        self.name, self.num_envs, self.horizon, self.device = name, num_envs, horizon, device
+        self.bodies(name.endswith("_large"))  # num_agents, movers, radii, accel, limit, tasks
+        N, E, B = self.num_agents, len(self.radii), num_envs
+        self.pos, self.vel = np.zeros((2, E, B)), np.zeros((2, self.movers, B))
+        self.rel, self.dist = np.zeros((2, E, self.movers, B)), np.zeros((E, self.movers, B))
+        self.task_dim, self.action_dims = self.tasks.shape[1], (2,) * N
+        self.obs_dims = (self._look().shape[1],) * N
+        self._never = torch.zeros(B, dtype=torch.bool, device=device)
+
+    def all_tasks(self, split="train"):
+        """(K, D) float32: every task, in a fixed order."""
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+        return self.tasks.to(self.device)
+
+    def sample_tasks(self, n, split="train"):
+        """(n, D), rows of all_tasks(), drawn from torch's global CPU stream, another draw for each split."""
+        tasks, u = self.all_tasks(split), torch.rand(2, n)[int(split == "test")]
+        return tasks[(u * len(tasks)).long()]
+
+    def reset(self, task=None, generator=None):
+        """Fresh worlds, drawn from torch's global CPU stream or from another CPU generator."""
+        self.task = check_task(task, self).cpu().double().numpy().T  # (D, B)
+        u = 2 * torch.rand(self.pos.shape, dtype=torch.float64, generator=generator).numpy() - 1
+        self.pos[:], self.vel[:], self.t = u, 0, 0
+        self.pos[:, self.movers :] *= 0.9
+        return self._observe()
+
+    def step(self, action):
+        M, u = self.movers, torch.stack(tuple(action)).detach().cpu().double().numpy()  # (N, B, 2)
+        if u.shape != (self.num_agents, self.num_envs, 2):
+            raise ValueError(f"{self.name}: actions must be {self.num_agents} times {(self.num_envs, 2)}")
+        force = self.accel * np.concatenate([u.transpose(2, 0, 1), self.others()], 1)  # (2, M, B)
+        force += walls(self.pos[:, :M], self.radii[:M])
+        if self.touch is not None:
+            contact(force, self.rel, self.dist, self.touch)
+        integrate(self.pos[:, :M], self.vel, force, self.limit, "mpe")
+        obs, self.t = self._observe(), self.t + 1
+        truncated = ~self._never if self.t >= self.horizon else self._never
+        return obs, self._tensor(self.reward().T), self._never, truncated, {}
+
+    def state(self):
+        """What changes, worlds first: pos (B, E, 2), vel (B, M, 2), task (B, D), t."""
+        return {"pos": self.pos.T.copy(), "vel": self.vel.T.copy(), "task": self.task.T.copy(), "t": self.t}
+
+    def set_state(self, state):
+        """Goes on from what state() gave; returns the observation."""
+        self.pos.T[:], self.vel.T[:] = state["pos"], state["vel"]
+        self.task, self.t = np.asarray(state["task"], float).T, state["t"]
+        return self._observe()
+
+    def render(self, row=0, size=240):
+        """(size, size, 3) uint8: one world. Agents are blue or red, what counts green, the rest grey."""
+        N, D, span = self.num_agents, self.task_dim, max(1.2, np.abs(self.pos[:, :, row]).max() + 0.1)
+        frame = np.full((size, size, 3), 255.0)
+        counts = dict(zip(range(N, N + D), self.task[:, row] > 0))
+        for e in reversed(range(len(self.radii))):
+            colour = self.tint if e < N else GOALS[0] if counts.get(e) else GREY
+            disc(frame, span, self.pos[:, e, row], self.radii[e], colour)
+        return frame.astype(np.uint8)
+
+    def others(self):
+        """The actions of the movers that are no agents, (2, M - N, B)."""
+        return np.empty((2, 0, self.num_envs))
+
+    def _observe(self):
+        relate(self.pos, self.rel, self.dist)
+        obs = self._tensor(self._look().transpose(0, 2, 1))  # (N, B, O)
+        return tuple(obs)
+
+    def _tensor(self, x):
+        return torch.from_numpy(np.array(x, np.float32, order="C")).to(self.device)  # always a copy
+
+    def _ways(self, i):
+        """From agent i to all other bodies, (E - 1, 2, B); agent i is left out."""
+        return np.delete(self.rel[:, :, i], i, 1).transpose(1, 0, 2)
+
+
+class Spread(Targets):
+    tint, accel, limit, touch = BLUE, 5.0, None, None
+
+    def bodies(self, large):
+        self.num_agents = self.movers = N = 3 if large else 2
+        self.radii = np.array([0.15] * N + [0.05] * (N + 1))
+        tasks = [[float(l in chosen) for l in range(N + 1)] for chosen in combinations(range(N + 1), N)]
+        self.tasks = torch.tensor(tasks)
+
+    def _look(self):
+        N, seen = self.num_agents, []
+        for i in range(N):
+            ways = self._ways(i).reshape(-1, self.num_envs)  # (2 (E - 1), B), agents first
+            seen.append([self.pos[:, i], ways[2 * N - 2 :], ways[: 2 * N - 2]])
+        return np.stack([np.concatenate(parts) for parts in seen])  # (N, O, B)
+
+    def reward(self):
+        gain = -self.num_agents * (self.task * self.dist[self.num_agents :].min(1)).sum(0)  # (B,)
+        return np.broadcast_to(gain, (self.num_agents, self.num_envs))
+
+
+class Hunting(Targets):
+    tint, accel = RED, 3.0
+
+    def bodies(self, large):
+        self.num_agents, preys, obstacles = 3, 2 + large, 2 * large
+        self.movers, self.tasks = 3 + preys, torch.eye(preys)
+        self.radii = np.array([0.1] * 3 + [0.05] * preys + [0.2] * obstacles)
+        self.limit = np.array([1.0] * 3 + [1.2] * preys)[:, None]
+        E, M = len(self.radii), self.movers
+        self.touch = np.where(np.eye(E, M), -np.inf, self.radii[:, None] + self.radii[:M])
+
+    def others(self):
+        N, M, B = 3, self.movers, self.num_envs
+        u = 2 * torch.rand(2, M - N, B, dtype=torch.float64).numpy() - 1
+        near = self.dist[:N, N:].argmin(0)[None, None]  # (1, 1, M - N, B)
+        away = -np.take_along_axis(self.rel[:, :N, N:], near, 1)[:, 0]  # (2, M - N, B), from the predator
+        flee = away / np.maximum(np.take_along_axis(self.dist[:N, N:], near[0], 0), 1e-12)
+        return np.where(self.task > 0, flee, u)
+
+    def _look(self):
+        seen = []
+        for i in range(3):
+            far = np.delete(self.dist[:, i], i, 0)  # (E - 1, B)
+            mask = far < SIGHT
+            ways = (self._ways(i) * mask[:, None]).reshape(-1, self.num_envs)
+            seen.append(np.concatenate([self.pos[:, i], ways, far * mask]))
+        return np.stack(seen)  # (N, O, B)
+
+    def reward(self):
+        far = np.einsum("db,dnb->nb", self.task, self.dist[3 : self.movers, :3])  # (N, B), to the target
+        return -0.1 * far.sum(0) + 10.0 * (far < self.radii[0] + self.radii[3])
