@@ -56,7 +56,7 @@ LeMOL: an opponent model that learns how its opponent learns.
              [D8] uav: each player sees its own place and a noisy one of the other; what follows an early end
                   is masked, and blocks stay whole episodes.
              [D9] --profile quick is ours: 8 runs, B = 128, 4 cycles of 1128 episodes.
-  Run        python lemol.py --env simple_push                               # quick: 2 to 3 min on one core
+  Run        python lemol.py --env simple_push                               # quick: 1.5 min
              python lemol.py --env simple_push --profile paper               # the paper's scale: hours
              python lemol.py --env simple_push --om ablated                  # the paper's ablation
              python lemol.py --env simple_push --om oracle --lemol-true-action-feed-proportion 0.8
@@ -70,8 +70,8 @@ LeMOL: an opponent model that learns how its opponent learns.
              cycle: 1.61 and 1.62 (untrained; ln 5 = 1.609), 1.37 and 1.50, 1.36 and 1.50, 1.32 and 1.48; in
              the last cycle accuracy 0.46 and 0.33. The floor, 0.94, knows the policy AND what the other sees.
              Returns of the last policies -2.4 (defender), -8.4 (attacker); the defender's with --om ablated
-             -1.8, oracle -2.2, MADDPG -2.8, M3DDPG -2.7 (three seeds, +- 0.2 to 0.6): in quick runs a better
-             model gains no return.
+             -1.8, oracle -2.2, uninformed -2.9, MADDPG -2.8, M3DDPG -2.7 (three seeds, +- 0.2 to 0.6): in
+             quick runs the better model does not gain the higher return.
   Licence    MIT. Please cite the papers above for the methods.
 """
 

@@ -61,8 +61,8 @@ MAML for reinforcement learning: a first policy from which one gradient step on 
              -35, -23, -15, -15; pretrained -36, -32, -30, -27. Second command, 30 iterations:
              -35, -13, -7, -7 (the authors: -40, -12, -3, -3).
              half_cheetah_dir, 60 iterations of 10 tasks, H = 100, 2.5 min: 3, 78, 84, 86 (random: 0 to 1);
-             at the defaults 130 iterations, 20 CPU minutes: -9, 375, 384, 392; half_cheetah_vel in the same
-             time: -103, -73, -57, -53 (random: -177). One seed each.
+             at the defaults 376 iterations, an hour of one core: 84, 478, 494, 501; half_cheetah_vel in the
+             same time: -101, -67, -50, -45 (random: -177). One seed each.
              torchrun: the same to rounding, which the chaos of long robot episodes magnifies.
   Licence    MIT. Please cite the papers above for the methods.
 """

@@ -92,16 +92,13 @@ def models(axes, result):
 
 
 def returns(ax, results):
-    """Final returns of both sides, with intervals."""
-    for k, result in enumerate(results):
-        runs = [*result.final.values()]
-        for agent, mark in enumerate("os"):
-            mean, half = over_seeds([run[f"eval/return_{agent}"] for run in runs])
-            ax.errorbar(mean, k + 0.12 * agent, xerr=half, fmt=mark, color=STYLE[method(result)], capsize=2,
-                        mfc="white" if agent else None)
-    ax.set(yticks=range(len(results)), yticklabels=[method(r) for r in results],
-           xlabel="return of agent 0 (disc), of its opponent (square)")
-    ax.invert_yaxis()
+    """Return of agent 0 along both sides' learning, in each method's last cycle; intervals at the end."""
+    for result in results:
+        mean, half = along(result, "return_0", cycles(result))
+        x, color = range(1, len(mean) + 1), STYLE[method(result)]
+        ax.plot(x, mean, color=color, lw=1.4)
+        ax.errorbar(x[-1], mean[-1], half[-1], color=color, capsize=3)
+    ax.set(xlabel="tenths of the learning", ylabel="return of agent 0")
     ax.grid(color="0.9", lw=0.6)
 
 
@@ -116,6 +113,10 @@ def figures(results):
             fig, axes = plt.subplots(1, 3, figsize=(11, 4.2))
             models(axes, best)
             returns(axes[2], group)
+            shown = axes[0].get_legend_handles_labels()[1]
+            for r in group:
+                if method(r) not in shown:
+                    axes[0].plot([], color=STYLE[method(r)], lw=1.4, label=method(r))
             fig.suptitle(name)
             below(fig, axes[0])
             out[f"lemol-{slug(name)}.svg"] = svg(fig)
