@@ -44,8 +44,9 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
              python meta_mapg.py --env rps                    # sampled gradient, tables: 1 min on one core
              python meta_mapg.py --env ipd --policy lstm --outer-lr 3e-4 --critic-lr 5e-4   # paper's nets
              python meta_mapg.py --env rps --policy lstm --outer-lr 1e-4 --critic-lr 5e-4   # the same
-             python meta_mapg.py --env half_cheetah_dir --pretrain-peers --run-dir runs/peers   # 20 min
-             python meta_mapg.py --env half_cheetah_dir --personas runs/peers/peers.npz   # against these
+             python meta_mapg.py --env half_cheetah_dir                        # against the peers we ship
+             python meta_mapg.py --env half_cheetah_dir --pretrain-peers       # makes peers, 10 min on one core
+             python meta_mapg.py --env half_cheetah_dir --personas runs/peers/peers.npz   # against those
              torchrun --nproc-per-node 2 meta_mapg.py --env ipd --policy lstm   # chains shared out
              python meta_mapg.py --env ipd --evaluate runs/x/checkpoint.pt     # the table of a finished run
   Expect     ipd: the sum of rewards over phi_1..phi_7 on held-out personas is about 7 against cooperative and
@@ -188,7 +189,7 @@ class Args:
     """keep one chain step in memory instead of L: a third slower, for many chains"""
     personas: Optional[str] = None
     """.npz with arrays <class>_<split> of (n, S, A) log-probabilities; default: drawn from persona_seed. In
-    half_cheetah_dir: the peers.npz that --pretrain-peers has made"""
+    half_cheetah_dir: a peers.npz of --pretrain-peers; default: the one in benchmark/peers"""
     pretrain_peers: bool = False
     """half_cheetah_dir: make the population, two agents who learn to run to the left, eq. (10)"""
     persona_seed: int = 0
@@ -219,9 +220,9 @@ def resolve(args):
         fail("half_cheetah_dir is played by LSTMs: no --policy table, --opponent-model or --ood")
     if args.pretrain_peers and (not cheetah or WORLD > 1):
         fail("--pretrain-peers needs --env half_cheetah_dir and a single process")
-    if cheetah and not (args.personas or args.pretrain_peers):
-        fail("half_cheetah_dir needs peers: make them with python meta_mapg.py --env half_cheetah_dir "
-             "--pretrain-peers --run-dir runs/peers, then say --personas runs/peers/peers.npz")
+    if cheetah and not (args.personas or args.pretrain_peers or POPULATION.exists()):
+        fail(f"half_cheetah_dir needs peers, and there is no {POPULATION}: make some with python meta_mapg.py "
+             "--env half_cheetah_dir --pretrain-peers --run-dir runs/peers, say --personas runs/peers/peers.npz")
     if not (args.own_learning or args.peer_learning):
         fail("--no-own-learning and --no-peer-learning together leave nothing to meta-learn")
     for name in ("num_chains", "num_episodes", "horizon", "chain_length", "look_ahead", "num_threads",
@@ -244,6 +245,7 @@ VALIDATION = [3, 9, 38, 53, 57, 88, 104, 122, 146, 150, 166, 167, 190, 196, 205,
               265, 273, 278, 293]
 SPLITS = {"train": [n for n in range(300) if n not in VALIDATION], "val": VALIDATION,
           "test": [*range(475, 500)]}
+POPULATION = Path(__file__).with_name("benchmark") / "peers" / "half_cheetah_dir.npz"  # the one we ship
 KEPT, GRID = sorted(sum(SPLITS.values(), [])), 2.0**-10
 REWARD_UNIT = 100  # in half_cheetah_dir the agents see the reward divided by this
 
@@ -272,7 +274,7 @@ class Cheetah:
     def __init__(self, args, num_envs):
         self.direction = torch.full((num_envs, 1), -1.0 if args.pretrain_peers else 1.0)
         self.world = envs.make("two_agent_half_cheetah", num_envs, horizon=args.horizon, device=args.device)
-        self.population = None if args.pretrain_peers else read_population(args.personas)
+        self.population = None if args.pretrain_peers else read_population(args.personas or POPULATION)
 
     def __getattr__(self, name):
         return getattr(self.world, name)
@@ -942,7 +944,7 @@ def outer_update(env, params, optimizers, args):
     return logs | {"losses/actor": mean[0], "losses/critic": mean[1]}, mean[2:].view(-1, env.num_agents)
 
 
-def pretrain_update(env, params, optimizers, args, population, epochs=4):
+def pretrain_update(env, params, optimizers, args, population, epochs=2):
     """[D7] One iteration of recurrent PPO: two actors (theta, stacked) and their critic (psi) learn to run to
     the left, on whole episodes in one batch. Adds the front leg that has played, if it is one of KEPT, to
     population["weights"] and its return to population["returns"]. Returns as outer_update, with L = 0."""

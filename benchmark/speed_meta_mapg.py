@@ -4,10 +4,8 @@ gymnasium, which only steps. Used by speed.py.
 """
 
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 from run import ROOT
 from speed import timed
@@ -28,26 +26,12 @@ def settings(case):
 
     sizes = {k: case[k] for k in ("chain_length", "num_episodes", "horizon") if k in case}
     game = {"half_cheetah": "half_cheetah_dir"}.get(case["game"], case["game"])
-    with tempfile.TemporaryDirectory() as folder:
-        file = untrained_peers(meta_mapg, folder) if case["game"] == "half_cheetah" else None
-        args = meta_mapg.resolve(meta_mapg.Args(
-            env=game, policy=case.get("policy", "lstm"), personas=file, num_chains=case["chains"],
-            num_threads=case["threads"], **sizes))
-        meta_mapg.set_up(args)
-        episodes = 1 if args.gradient == "exact" else args.num_episodes
-        env = meta_mapg.make_env(args, args.num_chains * episodes)
+    args = meta_mapg.resolve(meta_mapg.Args(env=game, policy=case.get("policy", "lstm"), num_chains=case["chains"],
+                                            num_threads=case["threads"], **sizes))
+    meta_mapg.set_up(args)
+    episodes = 1 if args.gradient == "exact" else args.num_episodes
+    env = meta_mapg.make_env(args, args.num_chains * episodes)
     return meta_mapg, args, env, *meta_mapg.build(args, env)
-
-
-def untrained_peers(meta_mapg, folder):
-    """A population as --pretrain-peers writes it, of one peer: what it can do changes no time."""
-    import torch
-
-    peer = meta_mapg.make_lstm(17, 3, gaussian=True)
-    weights = (torch.cat([v.flatten() for v in peer.values()]) / meta_mapg.GRID).round().short()
-    path = str(Path(folder) / "peers.npz")
-    meta_mapg.write_population(path, weights.repeat(len(meta_mapg.KEPT), 1), torch.zeros(500))
-    return path
 
 
 def measure_batched(case):

@@ -44,7 +44,7 @@ BAD = {  # command lines that must end in one line and exit code 2
     "meta_mapg": ["--method nonsense", "--num-chains 0", "--num-chains many", "--chain-length 0", "--gamma 1",
                   "--gradient exact --policy lstm", "--env rps --gradient exact", "--opponent-model",
                   "--personas missing.npz", "--no-own-learning --no-peer-learning",
-                  "--env half_cheetah_dir", "--env half_cheetah_dir --personas missing.npz",
+                  "--env half_cheetah_dir --personas missing.npz",
                   "--env half_cheetah_dir --personas truncated.pt", "--pretrain-peers",
                   "--env half_cheetah_dir --personas p --policy table",
                   "--env half_cheetah_dir --personas p --opponent-model"],
