@@ -45,7 +45,7 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
              python meta_mapg.py --env ipd --policy lstm --outer-lr 3e-4 --critic-lr 5e-4   # paper's nets
              python meta_mapg.py --env rps --policy lstm --outer-lr 1e-4 --critic-lr 5e-4   # the same
              python meta_mapg.py --env half_cheetah_dir                        # against the peers we ship
-             python meta_mapg.py --env half_cheetah_dir --pretrain-peers       # makes peers, 10 min on one core
+             python meta_mapg.py --env half_cheetah_dir --pretrain-peers       # makes peers, 9 CPU minutes
              python meta_mapg.py --env half_cheetah_dir --personas runs/peers/peers.npz   # against those
              torchrun --nproc-per-node 2 meta_mapg.py --env ipd --policy lstm   # chains shared out
              python meta_mapg.py --env ipd --evaluate runs/x/checkpoint.pt     # the table of a finished run
@@ -221,8 +221,8 @@ def resolve(args):
     if args.pretrain_peers and (not cheetah or WORLD > 1):
         fail("--pretrain-peers needs --env half_cheetah_dir and a single process")
     if cheetah and not (args.personas or args.pretrain_peers or POPULATION.exists()):
-        fail(f"half_cheetah_dir needs peers, and there is no {POPULATION}: make some with python meta_mapg.py "
-             "--env half_cheetah_dir --pretrain-peers --run-dir runs/peers, say --personas runs/peers/peers.npz")
+        fail(f"half_cheetah_dir needs peers and there is no {POPULATION}: make them with --pretrain-peers "
+             "--run-dir runs/peers, then say --personas runs/peers/peers.npz")
     if not (args.own_learning or args.peer_learning):
         fail("--no-own-learning and --no-peer-learning together leave nothing to meta-learn")
     for name in ("num_chains", "num_episodes", "horizon", "chain_length", "look_ahead", "num_threads",

@@ -26,8 +26,9 @@ def settings(case):
 
     sizes = {k: case[k] for k in ("chain_length", "num_episodes", "horizon") if k in case}
     game = {"half_cheetah": "half_cheetah_dir"}.get(case["game"], case["game"])
-    args = meta_mapg.resolve(meta_mapg.Args(env=game, policy=case.get("policy", "lstm"), num_chains=case["chains"],
-                                            num_threads=case["threads"], **sizes))
+    args = meta_mapg.resolve(meta_mapg.Args(
+        env=game, policy=case.get("policy", "lstm"), num_chains=case["chains"], num_threads=case["threads"],
+        **sizes))
     meta_mapg.set_up(args)
     episodes = 1 if args.gradient == "exact" else args.num_episodes
     env = meta_mapg.make_env(args, args.num_chains * episodes)

@@ -1030,6 +1030,19 @@ def test_cheetah_runs_to_the_right_with_peers_and_to_the_left_without(personas):
         torch.testing.assert_close(m.per_episode(reward, args), expected * 1000)  # H = 10
 
 
+def test_the_population_we_ship_is_the_default_and_its_absence_is_one_line(monkeypatch, tmp_path, capsys):
+    env = m.make_env(m.resolve(m.Args(env="half_cheetah_dir")), 1)
+    assert env.population.shape == (len(m.KEPT), sum(math.prod(shape) for shape in m.PEER.values()))
+    apart = (env.population[1:] - env.population[:-1]).abs().amax(1)
+    assert (apart > 0).all(), "each iteration of pre-training has moved the weights"
+    monkeypatch.setattr(m, "POPULATION", tmp_path / "peers.npz")
+    with pytest.raises(SystemExit) as stop:
+        m.resolve(m.Args(env="half_cheetah_dir"))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "--pretrain-peers" in said and said.count("\n") == 1
+
+
 def test_populations_survive_the_file_and_have_the_splits_of_the_authors(personas, tmp_path):
     assert [len(m.SPLITS[s]) for s in ("train", "val", "test")] == [275, 25, 25] and len(set(m.KEPT)) == 325
     assert sorted(m.SPLITS["train"] + m.SPLITS["val"]) == list(range(300))
