@@ -18,9 +18,11 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
              phi^i_0, eta, critic: one AMSGrad step                                  (7)  -> AMSGrad.step()
              Tables in a two-player game: V itself has a closed form                 (8)  -> exact_value()
              Opponent modelling: peers' parameters from their actions alone          (9)  -> fit_opponent()
+             Pre-training of the peers of half_cheetah_dir: recurrent PPO            (10) -> ppo_loss()
   Symbols    phi^i_0 theta  {name: (C, ...)}   tau_l   batch  (C, H, K[, N])    lr^i_l   eta      (C, L)
              phi_l   players  N such dicts     s_t     nodes  (C, N, H, K)      r        reward   (C, H, K, N)
-             C chains, H steps, K episodes, N agents, S states, A actions, L updates, P parameters.
+             C chains, H steps, K episodes, N agents, S states (or numbers that describe one), A actions,
+             L updates, P parameters.
   Methods    --method meta-mapg | meta-pg (no peer learning) | lola-dice (--look-ahead) | reinforce
              --no-own-learning, --no-peer-learning: the paper's ablations; --opponent-model: Meta-MAPG-OM.
   Departures [D1] The baseline is regressed on its own time steps; the authors' code pairs time-major features
@@ -35,11 +37,16 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
              [D6] LOLA-DiCE, REINFORCE, "no own learning" and opponent modelling were never released. Ours:
                   LOLA scores the return after look_ahead steps of the peers alone, REINFORCE that of phi_0,
                   "no own learning" drops log pi^i(tau_m), m >= 1, opponents are fitted by maximum likelihood.
+             [D7] The paper's peers for half_cheetah_dir are lost. Ours are the front legs of a pair that PPO
+                  trains to run to the left, kept at multiples of 2^-10; the split by iteration is theirs.
   Run        python meta_mapg.py --env ipd                    # exact gradient of tables: 10 s on one core
              python meta_mapg.py --env ipd --method meta-pg   # the same without peer learning: 10 s
              python meta_mapg.py --env rps                    # sampled gradient, tables: 1 min on one core
              python meta_mapg.py --env ipd --policy lstm --outer-lr 3e-4 --critic-lr 5e-4   # paper's nets
              python meta_mapg.py --env rps --policy lstm --outer-lr 1e-4 --critic-lr 5e-4   # the same
+             python meta_mapg.py --env half_cheetah_dir                        # against the peers we ship
+             python meta_mapg.py --env half_cheetah_dir --pretrain-peers       # makes peers, 9 CPU minutes
+             python meta_mapg.py --env half_cheetah_dir --personas runs/peers/peers.npz   # against those
              torchrun --nproc-per-node 2 meta_mapg.py --env ipd --policy lstm   # chains shared out
              python meta_mapg.py --env ipd --evaluate runs/x/checkpoint.pt     # the table of a finished run
   Expect     ipd: the sum of rewards over phi_1..phi_7 on held-out personas is about 7 against cooperative and
@@ -51,6 +58,7 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
 import contextlib
 import csv
 import ctypes
+import functools
 import io
 import json
 import math
@@ -80,19 +88,26 @@ from tqdm import tqdm
 import envs
 
 # ================================================================ 0. Arguments
-Env = Literal["ipd", "rps", "rps3", "rps4"]
+Env = Literal["ipd", "rps", "rps3", "rps4", "half_cheetah_dir"]
 
 PAPER = {  # what an argument left at None becomes: the paper's value for the game ...
-    "ipd": dict(horizon=150, gamma=0.96, inner_lr=0.1, outer_lr=1e-4, critic_lr=1.5e-4, ent_coef=0.5,
-                num_chains=16, total_steps=600_000_000, num_threads=2, eval_every=25, save_every=5),
+    "ipd": dict(horizon=150, gamma=0.96, chain_length=7, inner_lr=0.1, peer_lr=1.0, outer_lr=1e-4,
+                critic_lr=1.5e-4, ent_coef=0.5, num_chains=16, total_steps=600_000_000, num_threads=2,
+                eval_every=25, save_every=5),
     "rps": dict(horizon=50,  # [D5]
-                gamma=0.90, inner_lr=0.01, outer_lr=1e-5, critic_lr=1.5e-5, ent_coef=0.0,
-                num_chains=16, total_steps=300_000_000, num_threads=2, eval_every=25, save_every=5),
+                gamma=0.90, chain_length=7, inner_lr=0.01, peer_lr=1.0, outer_lr=1e-5, critic_lr=1.5e-5,
+                ent_coef=0.0, num_chains=16, total_steps=300_000_000, num_threads=2, eval_every=25,
+                save_every=5),
+    "half_cheetah_dir": dict(horizon=200, gamma=0.95, chain_length=2, inner_lr=0.005, peer_lr=0.005,
+                             outer_lr=5e-5, critic_lr=5.5e-5, ent_coef=0.0, num_chains=4, num_threads=2,
+                             total_steps=60_000_000, eval_every=50, save_every=5),
 }
 PAPER["rps3"] = PAPER["rps4"] = PAPER["rps"]
 TABLE = dict(inner_lr=1.0, outer_lr=0.004, critic_lr=0.02, ent_coef=0.0, num_chains=24, num_threads=1,
              eval_every=25, save_every=25)  # ... or, for --policy table, that of the quick experiment, ours
 TABLE_STEPS = {"exact": 4_320_000, "sampled": 92_160_000}
+PRETRAIN = dict(outer_lr=1e-4, critic_lr=1e-3, num_chains=1, total_steps=6_400_000, eval_every=25,
+                save_every=25)  # ... or, for --pretrain-peers, ours: 500 iterations of 64 x 200 steps
 
 
 @dataclass
@@ -135,15 +150,16 @@ class Args:
     """Meta-MAPG-OM: differentiate through peers fitted to their actions, eq. (9)"""
     look_ahead: int = 1
     """steps of the peers that lola-dice looks ahead; the paper tries 1, 3, 5"""
-    policy: Literal["table", "lstm"] = "table"
-    """agent i: a table of logits for each state, or the paper's LSTM; peers are tables"""
+    policy: Optional[Literal["table", "lstm"]] = None
+    """agent i: a table of logits for each state, or the paper's LSTM; default: table, peers are tables too;
+    in half_cheetah_dir all are LSTMs"""
     gradient: Optional[Literal["exact", "sampled"]] = None
     """eq. (8) or eqs. (1)-(5); default: exact where it is defined (ipd with tables)"""
     estimator: Literal["last", "code"] = "last"
     """terms of eq. (5): those of the scored batch, or the authors' whole sum"""
     baseline: Literal["aligned", "scrambled"] = "aligned"
     """rows of the regression in eq. (1): right, or as in the authors' code"""
-    chain_length: int = 7
+    chain_length: Optional[int] = None
     """L, updates in a chain"""
     num_episodes: int = 64
     """K, episodes in a batch; smaller: noisier updates"""
@@ -157,8 +173,8 @@ class Args:
     """lambda of eq. (4)"""
     inner_lr: Optional[float] = None
     """first value of eta, the own step sizes in eq. (3), which are learned"""
-    peer_lr: float = 1.0
-    """step size of tabular peers in eq. (3)"""
+    peer_lr: Optional[float] = None
+    """step size of the peers in eq. (3)"""
     outer_lr: Optional[float] = None
     """step size of phi_0 and eta for one chain in eq. (7); times sqrt(C)"""
     critic_lr: Optional[float] = None
@@ -172,7 +188,10 @@ class Args:
     recompute: bool = False
     """keep one chain step in memory instead of L: a third slower, for many chains"""
     personas: Optional[str] = None
-    """.npz with arrays <class>_<split> of (n, S, A) log-probabilities; default: drawn from persona_seed"""
+    """.npz with arrays <class>_<split> of (n, S, A) log-probabilities; default: drawn from persona_seed. In
+    half_cheetah_dir: a peers.npz of --pretrain-peers; default: the one in benchmark/peers"""
+    pretrain_peers: bool = False
+    """half_cheetah_dir: make the population, two agents who learn to run to the left, eq. (10)"""
     persona_seed: int = 0
     """seed of the population, the same for all run seeds"""
     ood: bool = False
@@ -181,12 +200,14 @@ class Args:
 
 def resolve(args):
     """Fill what was left at None and refuse what cannot be."""
+    cheetah = args.env == "half_cheetah_dir"
+    args.policy = args.policy or ("lstm" if cheetah else "table")
     args.gradient = args.gradient or ("exact" if args.env == "ipd" and args.policy == "table" else "sampled")
     preset = dict(PAPER[args.env], eval_episodes=args.num_episodes)
     if args.policy == "table":
         preset |= TABLE | dict(total_steps=TABLE_STEPS[args.gradient])
         preset |= dict(outer_lr=0.02 / math.sqrt(24)) if args.gradient == "exact" else {}
-    for name, value in preset.items():
+    for name, value in (preset | (PRETRAIN if args.pretrain_peers else {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.method == "meta-pg":
@@ -195,6 +216,13 @@ def resolve(args):
         fail(f"--gradient exact needs --policy table and --env ipd, not {args.policy} and {args.env}")
     if args.gradient == "exact" and args.opponent_model:
         fail("--opponent-model fits sampled actions; it needs --gradient sampled")
+    if cheetah and (args.policy == "table" or args.opponent_model or args.ood):
+        fail("half_cheetah_dir is played by LSTMs: no --policy table, --opponent-model or --ood")
+    if args.pretrain_peers and (not cheetah or WORLD > 1):
+        fail("--pretrain-peers needs --env half_cheetah_dir and a single process")
+    if cheetah and not (args.personas or args.pretrain_peers or POPULATION.exists()):
+        fail(f"half_cheetah_dir needs peers and there is no {POPULATION}: make them with --pretrain-peers "
+             "--run-dir runs/peers, then say --personas runs/peers/peers.npz")
     if not (args.own_learning or args.peer_learning):
         fail("--no-own-learning and --no-peer-learning together leave nothing to meta-learn")
     for name in ("num_chains", "num_episodes", "horizon", "chain_length", "look_ahead", "num_threads",
@@ -209,45 +237,146 @@ def resolve(args):
 
 
 # ================================================================ 1. Environment
+# [D7] The paper's peers were a download that is gone, and how they were trained is not said. Ours are made by
+# pretrain_update(). Peer n is the front leg that played iteration n of it; which n are for training,
+# validation and test is the authors' choice. The weights are kept in units of GRID, as whole numbers, and
+# written as differences from one peer to the next, which makes a fifth of them in float16.
+VALIDATION = [3, 9, 38, 53, 57, 88, 104, 122, 146, 150, 166, 167, 190, 196, 205, 210, 221, 230, 233, 246, 259,
+              265, 273, 278, 293]
+SPLITS = {"train": [n for n in range(300) if n not in VALIDATION], "val": VALIDATION,
+          "test": [*range(475, 500)]}
+POPULATION = Path(__file__).with_name("benchmark") / "peers" / "half_cheetah_dir.npz"  # the one we ship
+KEPT, GRID = sorted(sum(SPLITS.values(), [])), 2.0**-10
+REWARD_UNIT = 100  # in half_cheetah_dir the agents see the reward divided by this
+
+
 def make_env(args, num_envs):
     # The contract (envs/__init__.py); bring your own game by returning an object with these members:
-    #   num_envs, horizon, num_agents, states, actions, device
+    #   num_envs, horizon, num_agents, states, actions, device, discrete
     #   reset() -> obs, step(action) -> obs, reward (B, N), terminated, truncated, info
     #   where obs[i], action[i]: (B,) long, the state's index instead of a one-hot vector
     #   sample_tasks(n) -> (n, N-1, S, A) logits of the peers; tasks_by_class(split) -> {class: such tasks}
+    # or, not discrete: reset(part=), see envs/mujoco.py; obs[i] (B, S), action[i] (B, A), tasks (n, N-1, P)
     try:
+        if args.env == "half_cheetah_dir":
+            return Cheetah(args, num_envs)
         return envs.make(args.env, num_envs, horizon=args.horizon, device=args.device, index_obs=True,
                          personas=args.personas, persona_seed=args.persona_seed, ood=args.ood)
     except ValueError as e:
         fail(e)
 
 
+class Cheetah:
+    """The two-agent HalfCheetah to the right with its peers or, to make these, to the left."""
+
+    discrete, states, actions = False, 17, 3
+
+    def __init__(self, args, num_envs):
+        self.direction = torch.full((num_envs, 1), -1.0 if args.pretrain_peers else 1.0)
+        self.world = envs.make("two_agent_half_cheetah", num_envs, horizon=args.horizon, device=args.device)
+        self.population = None if args.pretrain_peers else read_population(args.personas or POPULATION)
+
+    def __getattr__(self, name):
+        return getattr(self.world, name)
+
+    def reset(self, part):
+        return self.world.reset(self.direction, part)
+
+    def step(self, action):
+        obs, reward, *rest = self.world.step(action)
+        return obs, reward / REWARD_UNIT, *rest
+
+    def peers(self, numbers):
+        return self.population[[KEPT.index(n) for n in numbers], None].to(self.device)  # (n, 1, P)
+
+    def sample_tasks(self, n):
+        return self.peers(SPLITS["train"][i] for i in torch.randint(len(SPLITS["train"]), (n,)).tolist())
+
+    def tasks_by_class(self, split):
+        return {"left": self.peers(SPLITS[split])}  # one class: they all ran to the left
+
+
+def per_episode(reward, args):
+    """Mean reward per step, as the agents see it -> mean return of an episode."""
+    return reward * args.horizon * (REWARD_UNIT if args.env == "half_cheetah_dir" else 1)
+
+
+def score(reward, args):
+    """What the paper reports for it: in games the same, in half_cheetah_dir the return of an episode."""
+    return per_episode(reward, args) if args.env == "half_cheetah_dir" else reward
+
+
+def write_population(path, weights, returns):
+    """weights (n, P) int16 in units of GRID, peers KEPT[:n]; returns (iterations,) of pre-training."""
+    steps = np.diff(weights.numpy(), axis=0, prepend=np.int16(0)).T  # (P, n)
+    try:
+        with open(path, "wb") as file:
+            np.savez_compressed(file, steps=np.ascontiguousarray(steps), returns=returns.numpy())
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}")
+
+
+@functools.lru_cache(1)
+def read_population(path):
+    """(325, P) float32: peers KEPT. Raises ValueError."""
+    try:
+        with np.load(path) as data:
+            steps = data["steps"]
+    except Exception as e:  # missing, not an .npz, truncated, of a matrix game: all are the user's to know
+        raise ValueError(f"personas {path}: cannot be read as a file of --pretrain-peers ({e})") from None
+    size = sum(math.prod(shape) for shape in PEER.values())
+    if steps.dtype != np.int16 or steps.shape != (size, len(KEPT)):
+        raise ValueError(f"personas {path}: wanted {len(KEPT)} peers of {size} weights, not "
+                         f"{steps.shape[::-1]}: --pretrain-peers takes {KEPT[-1] + 1} iterations")
+    return torch.from_numpy(np.cumsum(steps, 1, dtype=np.int16).T.astype(np.float32)) * GRID
+
+
 # ================================================================ 2. Networks
 # A player is a dict of tensors with the chains in front. {"logits": (C, S, A)} is a table; anything else is
-# the paper's actor: Linear(S -> 64), ReLU, LSTM(64 -> 64), Linear(64 -> A). The critic has the same trunk and
-# one output. As the input is one of S indices, everything before the recurrence is a table of S rows,
-# computed once (gate_table), and a time step is one look-up and one product with W_hh.
+# the paper's actor: Linear(S -> 64), ReLU, LSTM(64 -> 64), Linear(64 -> A). With a "log_std" (C, A), which
+# no input changes, the outputs are the means of a Gaussian. The critic has the same trunk and one output.
+# States are S numbers each, or one index of S: then everything before the recurrence is a table of S rows,
+# computed once (gate_inputs), and a time step is one look-up and one product with W_hh.
 #
 # An outer step differentiates twice through L+1 recurrences of H steps, and autograd would record a dozen
 # nodes for each. So the recurrence is a Function with a hand-written derivative, LSTMScan, and that
 # derivative is a Function too, LSTMScanGrad. Transposing a scan that runs backward in time gives one that
 # runs forward: the recurrence of tangents.
-def make_lstm(states, outputs, hidden=64):
-    """Parameters {name: tensor}; weights (out, in) Xavier-normal, biases 0, gates in the order i, f, g, o."""
+def lstm_shapes(states, outputs, hidden=64, gaussian=False):
+    """{name: shape}: weights (out, in), gates in the order i, f, g, o."""
     H = hidden
     shapes = {"w1": (H, states), "w_ih": (4 * H, H), "w_hh": (4 * H, H), "w2": (outputs, H)}
-    weights = {k: torch.randn(shape) * math.sqrt(2 / sum(shape)) for k, shape in shapes.items()}
-    biases = {"b1": H, "b_ih": 4 * H, "b_hh": 4 * H, "b2": outputs}
-    return weights | {k: torch.zeros(n) for k, n in biases.items()}
+    shapes |= {"b1": (H,), "b_ih": (4 * H,), "b_hh": (4 * H,), "b2": (outputs,)}
+    return shapes | ({"log_std": (outputs,)} if gaussian else {})
 
 
-def gate_table(p):
-    """Input part of the gates for each state, (C, S, 4H), and W_hh, (C, 4H, H). Block g is doubled in both,
-    because tanh(z) = 2 sigmoid(2z) - 1 makes all four gates one call of the sigmoid."""
-    hidden = F.relu(p["w1"].mT + p["b1"][:, None])  # (C, S, H)
-    table = torch.baddbmm((p["b_ih"] + p["b_hh"])[:, None], hidden, p["w_ih"].mT)
-    double = torch.tensor([1, 1, 2, 1], device=table.device).repeat_interleave(hidden.shape[-1])
-    return table * double, p["w_hh"] * double[:, None]
+PEER = lstm_shapes(17, 3, gaussian=True)  # of half_cheetah_dir
+
+
+def make_lstm(states, outputs, hidden=64, gaussian=False):
+    """Parameters {name: tensor}: weights Xavier-normal, biases and log_std 0."""
+    return {k: torch.randn(shape) * math.sqrt(2 / sum(shape)) if len(shape) == 2 else torch.zeros(shape)
+            for k, shape in lstm_shapes(states, outputs, hidden, gaussian).items()}
+
+
+def gate_weights(p):
+    """W_ih^T, its bias, W_hh: (C, H, 4H), (C, 1, 4H), (C, 4H, H). Block g is doubled in all of them, because
+    tanh(z) = 2 sigmoid(2z) - 1 makes all four gates one call of the sigmoid."""
+    H = p["w_hh"].shape[-1]
+    double = torch.tensor([1, 1, 2, 1], device=p["w_hh"].device).repeat_interleave(H)[:, None]
+    bias = (p["b_ih"] + p["b_hh"])[..., None] * double
+    return (p["w_ih"] * double).mT, bias.mT, p["w_hh"] * double
+
+
+def gate_inputs(p, w_in, bias, x=None):
+    """Input part of the gates for each state x (C, n, S), or for each of the S indices -> (C, n or S, 4H)."""
+    w1, b1 = p["w1"].mT, p["b1"][:, None]
+    return torch.baddbmm(bias, F.relu(w1 + b1 if x is None else torch.baddbmm(b1, x, w1)), w_in)
+
+
+def inputs_at(z, rows, t):
+    """Step t of the gates' inputs: rows (C, T, K) of a table z (CS, 4H); without rows, of z (C, T, K, 4H)."""
+    return z[:, t] if rows is None else z[rows[:, t]]
 
 
 def lstm_cell(z, c_prev, gate, c, tanh_c, h):
@@ -260,21 +389,23 @@ def lstm_cell(z, c_prev, gate, c, tanh_c, h):
 
 
 class LSTMScan(torch.autograd.Function):
-    """table (C, S, 4H), w (C, 4H, H), rows (C, T, K) = state + S chain -> h, gate, c, tanh_c (C, T, K, .)."""
+    """w (C, 4H, H) and z: a table (C, S, 4H) with rows (C, T, K) = state + S chain, or the gates' inputs
+    (C, T, K, 4H) with rows None -> h, gate, c, tanh_c (C, T, K, .)."""
 
     @staticmethod
-    def forward(ctx, table, w, rows):
+    def forward(ctx, z, w, rows):
         ctx.set_materialize_grads(False)
-        (C, T, K), H, flat = rows.shape, w.shape[-1], table.flatten(0, 1)
-        gate = table.new_empty(C, T, K, 4 * H)
-        c, tanh_c, h = (table.new_empty(C, T, K, H) for _ in range(3))
-        h_prev = c_prev = table.new_zeros(C, K, H)
+        ctx.states = z.shape[1]
+        (C, T, K), H = z.shape[:3] if rows is None else rows.shape, w.shape[-1]
+        z = z if rows is None else z.flatten(0, 1)
+        gate = z.new_empty(C, T, K, 4 * H)
+        c, tanh_c, h = (z.new_empty(C, T, K, H) for _ in range(3))
+        h_prev = c_prev = z.new_zeros(C, K, H)
         for t in range(T):
-            z = torch.baddbmm(flat[rows[:, t]], h_prev, w.mT)
-            lstm_cell(z, c_prev, gate[:, t], c[:, t], tanh_c[:, t], h[:, t])
+            now = torch.baddbmm(inputs_at(z, rows, t), h_prev, w.mT)
+            lstm_cell(now, c_prev, gate[:, t], c[:, t], tanh_c[:, t], h[:, t])
             h_prev, c_prev = h[:, t], c[:, t]
         ctx.save_for_backward(w, gate, c, h, tanh_c, rows)
-        ctx.states = table.shape[1]
         ctx.mark_non_differentiable(tanh_c)  # its derivative is counted in that of c
         return h, gate, c, tanh_c
 
@@ -318,13 +449,15 @@ def backward_scan(dh_in, dgate_in, dc_in, gate, c, tanh_c, w):
 
 def sum_by_parameter(dz, h, rows, states):
     """Sum dz (C, T, K, 4H) over the steps that used the same parameter: table (C, S, 4H), w (C, 4H, H)."""
-    onehot = F.one_hot((rows % states).flatten(1), states).to(dz.dtype)  # (C, TK, S)
     dw = torch.bmm(dz[:, 1:].flatten(1, 2).mT, h[:, :-1].flatten(1, 2))
+    if rows is None:  # no table: each step has inputs of its own
+        return dz, dw
+    onehot = F.one_hot((rows % states).flatten(1), states).to(dz.dtype)  # (C, TK, S)
     return torch.bmm(onehot.mT, dz.flatten(1, 2)), dw
 
 
 class LSTMScanGrad(torch.autograd.Function):
-    """The derivative as a function of its own: dh, gate, c, h, w -> dtable, dw."""
+    """The derivative as a function of its own: dh, gate, c, h, w -> those by z and w."""
 
     @staticmethod
     def forward(ctx, dh_in, gate, c, h, w, tanh_c, rows, states):
@@ -334,13 +467,14 @@ class LSTMScanGrad(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, u_table, u_w):
-        # Read u_table and u_w as directions in parameter space. Then u, e, c_dot, h_dot are the tangents of
-        # z, gates, c, h along them, and every product in backward_scan leaves one term for each of its two
-        # factors.
+    def backward(ctx, u_z, u_w):
+        # Read u_z and u_w as directions in parameter space. Then u, e, c_dot, h_dot are the tangents of
+        # pre-activations, gates, c, h along them, and every product in backward_scan leaves one term for each
+        # of its two factors.
         gate, c, h, w, tanh_c, rows, dz, dgate, dh, dc = ctx.saved_tensors
         C, T, K, H = c.shape
-        u_flat, w_both = u_table.flatten(0, 1), torch.cat([w, u_w], -1).mT  # (CS, 4H), (C, 2H, 4H)
+        u_z = u_z if rows is None else u_z.flatten(0, 1)  # see inputs_at
+        w_both = torch.cat([w, u_w], -1).mT  # (C, 2H, 4H)
         out_dh, out_gate, out_c, out_h = (torch.empty_like(x) for x in (c, gate, c, h))
         both, zero = c.new_zeros(C, K, 2 * H), c.new_zeros(C, K, H)
         h_dot, h_prev = both.chunk(2, -1)
@@ -348,7 +482,7 @@ class LSTMScanGrad(torch.autograd.Function):
         for t in range(T):
             (i, f, g, o), (oi, of, og, oo) = gate[:, t].chunk(4, -1), out_gate[:, t].chunk(4, -1)
             c_prev, dct, dht, tct = c[:, t - 1] if t else zero, dc[:, t], dh[:, t], tanh_c[:, t]
-            u = torch.baddbmm(u_flat[rows[:, t]], both, w_both)
+            u = torch.baddbmm(inputs_at(u_z, rows, t), both, w_both)
             e = torch.ops.aten.sigmoid_backward(u, gate[:, t])
             ei, ef, eg, eo = e.chunk(4, -1)
             u.mul_(dgate[:, t])
@@ -374,11 +508,16 @@ class LSTMScanGrad(torch.autograd.Function):
 
 
 def lstm_outputs(p, state):
-    """The whole network on (C, T, K) states -> (C, T, K, outputs), twice differentiable."""
-    table, w = gate_table(p)
-    chain = torch.arange(len(state), device=state.device).view(-1, 1, 1)
-    h, *_ = LSTMScan.apply(table, w, state + table.shape[1] * chain)
-    return torch.baddbmm(p["b2"][:, None], h.flatten(1, 2), p["w2"].mT).unflatten(1, state.shape[1:])
+    """The whole network on (C, T, K) or (C, T, K, S) states -> (C, T, K, outputs), twice differentiable."""
+    w_in, bias, w = gate_weights(p)
+    if state.is_floating_point():
+        x, rows = state.flatten(1, 2).to(w.dtype), None
+        z = gate_inputs(p, w_in, bias, x).unflatten(1, state.shape[1:3])
+    else:
+        z = gate_inputs(p, w_in, bias)
+        rows = state + z.shape[1] * torch.arange(len(state), device=state.device).view(-1, 1, 1)
+    h, *_ = LSTMScan.apply(z, w, rows)
+    return torch.baddbmm(p["b2"][:, None], h.flatten(1, 2), p["w2"].mT).unflatten(1, state.shape[1:3])
 
 
 def look_up(table, state):
@@ -394,6 +533,35 @@ def log_policy(p, state):
     return lstm_outputs(p, state).log_softmax(-1)  # [D4]
 
 
+def std_of(p):
+    """Standard deviations of a Gaussian policy, (C, 1, 1, A)."""
+    return p["log_std"].clamp(min=math.log(1e-6)).exp()[:, None, None]
+
+
+def log_prob(p, state, action):
+    """log pi(a|s) of the actions (C, T, K) or, of a Gaussian, (C, T, K, A) -> (C, T, K)."""
+    if "log_std" not in p:
+        return log_policy(p, state).gather(-1, action[..., None])[..., 0]
+    std = std_of(p)
+    z = (action - lstm_outputs(p, state)) / std
+    return -(0.5 * z**2 + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def entropy(p, state):
+    """That of pi(.|s) -> (C, T, K), or (C, 1, 1) for a Gaussian, where it is the same in every state."""
+    if "log_std" in p:
+        return (std_of(p).log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+    log_pi = log_policy(p, state)
+    return -(log_pi.exp() * log_pi).sum(-1)
+
+
+def together(players):
+    """N Gaussian players as one with N C chains, so that their time steps are one product; else None."""
+    if not all("log_std" in p for p in players):
+        return None
+    return {k: torch.cat([p[k] for p in players]) for k in players[0]}
+
+
 def critic_value(psi, state):
     """v(s_t) at (C, T, K) states, each episode read from its start -> (C, T, K)."""
     return (look_up(psi["values"], state) if "values" in psi else lstm_outputs(psi, state))[..., 0]
@@ -403,44 +571,64 @@ def critic_value(psi, state):
 # All C chains and K episodes are played as one batch of B = C K games. Nobody learns during a batch, so no
 # graph is recorded here: section 5 recomputes the log-probabilities from (state, action) to differentiate.
 class Batch(NamedTuple):
-    state: torch.Tensor  # (C, H, K) what all agents saw
-    action: torch.Tensor  # (C, H, K, N)
+    state: torch.Tensor  # (C, H, K[, S]) what all agents saw
+    action: torch.Tensor  # (C, H, K, N[, A])
     reward: torch.Tensor  # (C, H, K, N)
 
 
 def player(p):
-    """A function from (C, K) states to (C, K, A) probabilities; it keeps the LSTM's memory between calls."""
+    """A function from states (C, K[, S]) to probabilities, or a Gaussian's means, (C, K, A); it keeps the
+    LSTM's memory between calls."""
     if "logits" in p:
         table = p["logits"].softmax(-1)
         chain = torch.arange(len(table), device=table.device)[:, None]
         return lambda state: table[chain, state]
-    table, w = gate_table(p)
-    chain, memory, H = torch.arange(len(table), device=table.device)[:, None], [], w.shape[-1]
+    w_in, bias, w = gate_weights(p)
+    table = None if "log_std" in p else gate_inputs(p, w_in, bias)
+    chain, memory, H = torch.arange(len(w), device=w.device)[:, None], [], w.shape[-1]
 
     def step(state):
         if not memory:
-            memory.extend(table.new_zeros(*state.shape, n) for n in (H, H, H, 4 * H))
+            memory.extend(w.new_zeros(*state.shape[:2], n) for n in (H, H, H, 4 * H))
         h, c, tanh_c, gate = memory
-        lstm_cell(torch.baddbmm(table[chain, state], h, w.mT), c, gate, c, tanh_c, h)
-        return torch.baddbmm(p["b2"][:, None], h, p["w2"].mT).softmax(-1)
+        z = table[chain, state] if table is not None else gate_inputs(p, w_in, bias, state.to(w.dtype))
+        lstm_cell(torch.baddbmm(z, h, w.mT), c, gate, c, tanh_c, h)
+        out = torch.baddbmm(p["b2"][:, None], h, p["w2"].mT)
+        return out if table is None else out.softmax(-1)
 
     return step
 
 
+def draw(p, out, noise):
+    """Actions from what player() returned: of a Gaussian (C, K, A) with noise N(0, 1); else (C, K), by the
+    inverse transform of noise U(0, 1)."""
+    if "log_std" in p:
+        return out + std_of(p)[:, 0] * noise
+    return (noise[..., None] > out.cumsum(-1)[..., :-1]).sum(-1)
+
+
 @torch.no_grad()
-def rollout(env, players, num_episodes, chains=None):
-    """Play one batch with N players, agent 0 first. chains: (first, total) of this process's C chains."""
-    C, K, N, A = env.num_envs // num_episodes, num_episodes, env.num_agents, env.actions
+def rollout(env, players, num_episodes, chains=None, frames=None):
+    """Play one batch with N players, agent 0 first. chains: (first, total) of this process's C chains.
+    frames: a list that receives a picture of the first game at every step."""
+    C, K, N = env.num_envs // num_episodes, num_episodes, env.num_agents
     first, total = chains or (0, C)
     # Every process draws for all chains and keeps its own part: a chain does not depend on who runs it.
-    u = torch.rand(env.horizon, total, K, N, device=env.device)[:, first : first + C]
-    obs, act, steps = env.reset(), [player(p) for p in players], []
+    noise, shape = (torch.rand, ()) if env.discrete else (torch.randn, (env.actions,))
+    noise = noise(env.horizon, total, K, N, *shape, device=env.device)[:, first : first + C]
+    obs = env.reset() if env.discrete else env.reset(part=(first * K, total * K))
+    one = together(players)
+    act, steps = [player(p) for p in ([one] if one else players)], []
     for t in range(env.horizon):
-        state = [o.view(C, K) for o in obs]
-        cdf = [act[a](state[a]).cumsum(-1) for a in range(N)]
-        action = [(u[t, ..., a, None] > cdf[a][..., : A - 1]).sum(-1) for a in range(N)]  # inverse transform
-        obs, reward, _, _, _ = env.step([a.flatten() for a in action])
-        steps.append((state[0], torch.stack(action, -1), reward.view(C, K, N)))
+        state = [o.unflatten(0, (C, K)) for o in obs]
+        if one:
+            action = draw(one, act[0](torch.cat(state)), noise[t].movedim(2, 0).flatten(0, 1)).chunk(N)
+        else:
+            action = [draw(p, act[a](state[a]), noise[t, :, :, a]) for a, p in enumerate(players)]
+        obs, reward, _, _, _ = env.step([a.flatten(0, 1) for a in action])
+        steps.append((state[0], torch.stack(action, 2), reward.view(C, K, N)))
+        if frames is not None:
+            frames.append(env.render(0))
     return Batch(*(torch.stack(x, 1) for x in zip(*steps)))
 
 
@@ -464,12 +652,15 @@ def gae(reward, value, gamma, gae_lambda):
 
 def linear_baseline(state, reward, num_states, gamma, scrambled=False, ridge=1e-5):
     """eq. (1): ridge regression of the return-to-go on [s, s^2, t, t^2, t^3, 1], t in hundreds of steps, for
-    each chain and agent. state (C, H, K), reward (C, N, H, K) -> (C, N, H, K), a constant for autograd."""
+    each chain and agent. state (C, H, K[, S]), reward (C, N, H, K) -> (C, N, H, K), constant for autograd."""
     C, N, H, K = reward.shape
     t = torch.arange(H, device=state.device, dtype=torch.float64)[:, None].expand(H, K) / 100
     time = torch.stack([t, t**2, t**3, torch.ones_like(t)], -1).expand(C, H, K, 4)
-    onehot = F.one_hot(state, num_states).double() * math.sqrt(2)  # [D1] s and s^2 at once
-    x = torch.cat([onehot, time], -1).flatten(1, 2)  # (C, HK, S+4)
+    if state.is_floating_point():
+        s = torch.cat([state, state**2], -1).double()
+    else:
+        s = F.one_hot(state, num_states).double() * math.sqrt(2)  # [D1] s and s^2 at once
+    x = torch.cat([s, time], -1).flatten(1, 2)  # (C, HK, S+4 or 2S+4)
     target = returns_to_go(reward.double(), gamma)
     if scrambled:
         target = target.mT  # [D1] batch-major targets against time-major rows
@@ -512,6 +703,12 @@ def outer_loss(logprobs, advantages, own_learning=True, peer_learning=True, esti
     return loss
 
 
+def ppo_loss(logprob, old, adv, clip_coef=0.2):
+    """eq. (10): the clipped surrogate, mean over all steps. logprob, old (N, H, K), adv (1, H, K)."""
+    ratio = (logprob - old).exp()
+    return -torch.min(ratio * adv, ratio.clamp(1 - clip_coef, 1 + clip_coef) * adv).mean()
+
+
 def exact_value(x, y, reward_table, gamma, horizon):
     """eq. (8): V = sum_{t<H} gamma^t d_t R, where d_{t+1} = d_t P is the distribution of joint actions.
     x, y (C, S, A) logits of player 0 and 1, reward_table (S, 2) -> V (C, 2), discounted visits (C, S-1)."""
@@ -534,8 +731,11 @@ def exact_value(x, y, reward_table, gamma, horizon):
 # its own; hence the gradient of the sum over chains comes out chain by chain, as clipping and PCGrad need it.
 def log_probs(players, batch):
     """log pi^a of the actions that were taken, (C, N, H, K)."""
-    taken = batch.action[..., None].unbind(3)  # N times (C, H, K, 1)
-    return torch.stack([log_policy(p, batch.state).gather(-1, a)[..., 0] for p, a in zip(players, taken)], 1)
+    if one := together(players):
+        action = batch.action.movedim(3, 0).flatten(0, 1)  # (NC, H, K, A)
+        logprob = log_prob(one, batch.state.repeat(len(players), 1, 1, 1), action)
+        return logprob.unflatten(0, (len(players), -1)).transpose(0, 1)
+    return torch.stack([log_prob(p, batch.state, a) for p, a in zip(players, batch.action.unbind(3))], 1)
 
 
 def inner_update(players, batch, lrs, args, num_states, shaping, create_graph):
@@ -544,20 +744,28 @@ def inner_update(players, batch, lrs, args, num_states, shaping, create_graph):
     logprob, reward = log_probs(players, batch), batch.reward.movedim(-1, 1)  # (C, N, H, K)
     baseline = linear_baseline(batch.state, reward, num_states, args.gamma, args.baseline == "scrambled")
     nodes = logprob.sum(1, keepdim=True).expand_as(logprob) if shaping else logprob
-    return logprob, ascend(players, dice_objective(nodes, reward, baseline, args.gamma), lrs, create_graph)
+    objective = dice_objective(nodes, reward, baseline, args.gamma)
+    # phi^a reaches O^a through node a and there through its own log-probability: so the derivatives by all
+    # nodes are the weights of the log-probabilities in one backward pass for all agents.
+    weight, = torch.autograd.grad(objective.sum(), nodes, retain_graph=True, create_graph=create_graph)
+    return logprob, ascend(players, logprob, lrs, create_graph, weight)
 
 
-def ascend(players, objective, lrs, create_graph):
+def ascend(players, objective, lrs, create_graph, weight=None):
     """eq. (3): phi^a + lr^a dO^a/dphi^a for objective (C, N): each agent follows its own column and no other.
-    lrs[a]: (C,), a number, or None for an agent that stands still."""
-    new = []
-    for a, (p, lr) in enumerate(zip(players, lrs)):
-        if lr is not None:
-            g = torch.autograd.grad(objective[:, a].sum(), [*p.values()], retain_graph=True,
-                                    create_graph=create_graph)
-            step = [x * (lr.view(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(lr) else lr) for x in g]
-            p = {name: value + d for (name, value), d in zip(p.items(), step)}
-        new.append(p)
+    lrs[a]: (C,), a number, or None for an agent that stands still. With `weight`, O^a = <objective, weight>,
+    of which agent a's part depends on phi^a alone."""
+    moving = [a for a, lr in enumerate(lrs) if lr is not None]
+    by = lambda y, agents, **kw: torch.autograd.grad(y, [v for a in agents for v in players[a].values()],
+                                                     retain_graph=True, create_graph=create_graph, **kw)
+    if weight is not None:
+        grads = iter(by(objective, moving, grad_outputs=weight))
+    else:
+        grads = iter([g for a in moving for g in by(objective[:, a].sum(), [a])])
+    new = [*players]
+    for a in moving:
+        scale = lambda x, lr=lrs[a]: x * (lr.view(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(lr) else lr)
+        new[a] = {name: value + scale(next(grads)) for name, value in players[a].items()}
     return new
 
 
@@ -582,8 +790,12 @@ def leaves(p, *copies):
 
 
 def peers_of(tasks):
-    """(C, N-1, S, A) logits -> N-1 players."""
-    return [leaves({"logits": logits}) for logits in tasks.unbind(1)]
+    """(C, N-1, S, A) logits, or (C, N-1, P) weights of PEER -> N-1 players."""
+    if tasks.dim() == 4:
+        return [leaves({"logits": logits}) for logits in tasks.unbind(1)]
+    sizes = [math.prod(shape) for shape in PEER.values()]
+    return [leaves({k: v.unflatten(1, shape) for (k, shape), v in zip(PEER.items(), flat.split(sizes, 1))})
+            for flat in tasks.unbind(1)]
 
 
 def training_plan(args):
@@ -627,8 +839,8 @@ def sampled_chain(env, theta, eta, psi, tasks, args, chains):
         advantages[l] = gae(reward, value.detach(), args.gamma, args.gae_lambda)
     loss = outer_loss(logprobs, advantages, args.own_learning, args.peer_learning, args.estimator)
     if args.ent_coef and 0 not in scored:
-        log_pi = log_policy(theta, batches[0].state)
-        loss = loss + args.ent_coef * (log_pi.exp() * log_pi).sum((1, 3)).mean(-1)
+        per_step = entropy(theta, batches[0].state).expand(-1, args.horizon, args.num_episodes)
+        loss = loss - args.ent_coef * per_step.sum(1).mean(-1)
     return loss / (length + 1), critic_loss / (length + 1), batches
 
 
@@ -674,8 +886,8 @@ class AMSGrad:
     """eq. (7): Adam with the running maximum of v, and eps = 1e-3 inside the bias correction, as in the
     authors' code: torch.optim.Adam(amsgrad=True, eps=1e-3) begins with steps up to four times larger."""
 
-    def __init__(self, size, lr, device):
-        self.lr, self.k = lr, 0
+    def __init__(self, size, lr, device, eps=1e-3):
+        self.lr, self.eps, self.k = lr, eps, 0
         self.m, self.v, self.v_max = (torch.zeros(size, device=device) for _ in range(3))
 
     def step(self, grad):
@@ -685,13 +897,19 @@ class AMSGrad:
         self.v = 0.999 * self.v + 0.001 * grad**2
         self.v_max = torch.maximum(self.v_max, self.v)
         rate = self.lr * math.sqrt(1 - 0.999**self.k) / (1 - 0.9**self.k)
-        return -rate * self.m / (self.v_max.sqrt() + 1e-3)
+        return -rate * self.m / (self.v_max.sqrt() + self.eps)
 
     def state_dict(self):
         return dict(k=self.k, m=self.m, v=self.v, v_max=self.v_max)
 
     def load_state_dict(self, state):
         self.__dict__.update({k: v.to(self.m.device) if torch.is_tensor(v) else v for k, v in state.items()})
+
+
+def move(p, change):
+    """Add (P,) numbers to the parameters {name: tensor}, in place."""
+    for value, d in zip(p.values(), change.split([v.numel() for v in p.values()])):
+        value += d.view_as(value)
 
 
 def outer_update(env, params, optimizers, args):
@@ -719,21 +937,50 @@ def outer_update(env, params, optimizers, args):
         if g:
             g, norm = clip(gather(torch.cat([x.flatten(1) for x in g], 1)), args.max_grad_norm)  # (all C, P)
             change = optimizers[group].step((pcgrad(g, order) if args.pcgrad else g).mean(0))
-            sizes = [p.numel() for p in params[group].values()]
-            for p, d in zip(params[group].values(), change.split(sizes)):
-                p += d.view_as(p)
+            move(params[group], change)
             logs["grad/norm_" + {"theta": "outer", "eta": "eta", "psi": "critic"}[group]] = norm.mean()
     columns = torch.cat([loss[:, None], critic_loss[:, None], torch.stack(reward, 1).flatten(1)], 1)
     mean = gather(columns.detach()).mean(0)
     return logs | {"losses/actor": mean[0], "losses/critic": mean[1]}, mean[2:].view(-1, env.num_agents)
 
 
+def pretrain_update(env, params, optimizers, args, population, epochs=2):
+    """[D7] One iteration of recurrent PPO: two actors (theta, stacked) and their critic (psi) learn to run to
+    the left, on whole episodes in one batch. Adds the front leg that has played, if it is one of KEPT, to
+    population["weights"] and its return to population["returns"]. Returns as outer_update, with L = 0."""
+    theta, psi = params["theta"], params["psi"]
+    players = [{k: v[a : a + 1] for k, v in theta.items()} for a in range(env.num_agents)]
+    batch = rollout(env, players, args.num_episodes)
+    mean = batch.reward.mean((0, 1, 2))[None]  # (1, N)
+    if len(population["returns"]) in KEPT:
+        flat = torch.cat([v.flatten() for v in players[1].values()]).cpu() / GRID
+        population["weights"] = torch.cat([population["weights"], flat.round().short()[None]])
+    population["returns"] = torch.cat([population["returns"], per_episode(mean[0, :1], args).cpu()])
+    state, action, reward = batch.state, batch.action[0].movedim(2, 0), batch.reward[..., 0]
+    both = state.expand(env.num_agents, *state.shape[1:])  # (N, H, K, S); action (N, H, K, A)
+    with torch.no_grad():
+        old, value = log_prob(theta, both, action), critic_value(psi, state)
+        adv = gae(reward, value, args.gamma, args.gae_lambda)  # (1, H, K)
+        target, adv = adv + value, (adv - adv.mean()) / adv.std()
+    for _ in range(epochs):
+        p, q = leaves(theta), leaves(psi)
+        losses = {"theta": ppo_loss(log_prob(p, both, action), old, adv),
+                  "psi": (critic_value(q, state) - target).square().mean()}
+        for group, leaf in ("theta", p), ("psi", q):
+            g = torch.cat([x.flatten() for x in torch.autograd.grad(losses[group], [*leaf.values()])])
+            move(params[group], optimizers[group].step(clip(g[None], args.max_grad_norm)[0][0]))
+    logs = {"losses/actor": losses["theta"].detach(), "losses/critic": losses["psi"].detach(),
+            "charts/std": theta["log_std"].exp().mean()}
+    return logs, mean
+
+
 # ================================================================ 6. Evaluation
 # Meta-test: one chain for each held-out persona, every agent learning from its own samples alone, without
 # derivatives through learning. Own games and own random stream: how often one evaluates does not change what
 # is learned.
-def adapt(env, params, tasks, args):
-    """Rewards per step (n, L+1, N) and action frequencies (n, L+1, N, A) along the chains of n tasks."""
+def adapt(env, params, tasks, args, films=None):
+    """Scores (n, L+1, N) and action frequencies (n, L+1, N, A or, if not discrete, 0) along the chains of n
+    tasks. films: a list that receives for each l the pictures of the first game."""
     n, L, A = len(tasks), args.chain_length, env.actions
     theta, eta, rewards, freqs = leaves(params["theta"], n), params["eta"]["eta"].expand(n, L), [], []
     if args.gradient == "exact":
@@ -745,9 +992,12 @@ def adapt(env, params, tasks, args):
         return torch.stack(rewards, 1), torch.stack(freqs, 1)
     players, lrs = [theta, *peers_of(tasks)], [args.peer_lr] * (env.num_agents - 1)
     for l in range(L + 1):
-        batch = rollout(env, players, args.eval_episodes)
-        rewards.append(batch.reward.mean((1, 2)))
-        freqs.append(F.one_hot(batch.action, A).float().mean((1, 2)))
+        if films is not None:
+            films.append([])
+        batch = rollout(env, players, args.eval_episodes, frames=films and films[-1])
+        rewards.append(score(batch.reward.mean((1, 2)), args))
+        action = F.one_hot(batch.action, A).float() if env.discrete else batch.action[..., :0]
+        freqs.append(action.mean((1, 2)))
         if l < L:
             players = inner_update(players, batch, [eta[:, l], *lrs], args, env.states, False, False)[1]
             players = [leaves(p) for p in players]
@@ -759,8 +1009,13 @@ def evaluate(args, params, split):
     with torch.random.fork_rng():
         torch.manual_seed(args.seed + 10_000)
         classes = make_env(args, 1).tasks_by_class(split)
-        return {name: adapt(make_env(args, len(tasks) * args.eval_episodes), params, tasks, args)
-                for name, tasks in classes.items()}
+        results = {}
+        for name, tasks in classes.items():
+            # The inner update of a peer of half_cheetah_dir takes 0.2 GB: a few peers at a time.
+            parts = tasks.split(len(tasks) if args.env != "half_cheetah_dir" else 5)
+            done = [adapt(make_env(args, len(t) * args.eval_episodes), params, t, args) for t in parts]
+            results[name] = tuple(torch.cat(x) for x in zip(*done))
+        return results
 
 
 def summary(results):
@@ -785,19 +1040,55 @@ def interval(x):
 
 
 def table(results, args):
-    """The adaptation table: reward per step of agent i after 0..L updates, and what both sides play."""
-    actions = ["D", "C"] if args.env == "ipd" else ["rock", "paper", "scissors"]
+    """The adaptation table: what agent i gets after 0..L updates, and what both sides play."""
+    actions = {"ipd": ["D", "C"], "half_cheetah_dir": []}.get(args.env, ["rock", "paper", "scissors"])
+    what, form, digits = ("reward per step", "+.3f", 2) if actions else ("return of an episode", "+.1f", 1)
     row = lambda name, values, form: f"{name:22s}" + "".join(f"{format(v, form):9s}" for v in values)
-    lines = [f"{args.env}: reward per step of agent i against held-out personas, ± 95 % interval; actions"]
+    lines = [f"{args.env}: {what} of agent i against held-out personas, ± 95 % interval"]
+    lines[0] += "; actions" if actions else ""
     lines.append(row("", [f"phi_{l}" for l in range(args.chain_length + 1)], "s") + "sum from phi_1")
     for name, (reward, freq) in results.items():
         mean = reward[..., 0].mean(0).tolist()
-        lines.append(row(f"{name} peer", mean, "+.3f") + f"{sum(mean[1:]):+.2f}")
-        lines.append(row("  ±", interval(reward[..., 0]).tolist(), ".3f"))
+        lines.append(row(f"{name} peer", mean, form) + f"{sum(mean[1:]):+.{digits}f}")
+        lines.append(row("  ±", interval(reward[..., 0]).tolist(), form[1:]))
         for a, label in list(enumerate(actions))[1 if len(actions) == 2 else 0 :]:  # P(D) = 1 - P(C)
             for who, agent in enumerate(("self", "peer")):
                 lines.append(row(f"  P({label}) {agent}", freq[:, :, who, a].mean(0).tolist(), ".2f"))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def pretraining_curve(returns):
+    """{tag: value} and a table of the returns (iterations,) of pre-training, means over 9 iterations, and, if
+    it was finished, that of the 25 peers for the test."""
+    mean = {n: returns[max(n - 4, 0) : n + 5].mean().item() for n in range(0, len(returns), 25)}
+    if len(returns) > KEPT[-1]:
+        mean["475_499"] = returns[SPLITS["test"]].mean().item()
+    lines = ["pre-training: return to the left by iteration"]
+    lines += [f"{n!s:>8} {value:+7.1f}" for n, value in mean.items()]
+    return {f"eval/pretraining/return_{n}": value for n, value in mean.items()}, "\n".join(lines)
+
+
+def capture(args, params, folder):
+    """--capture-video: play.txt, the table, in games; before_after.gif in half_cheetah_dir: agent i with the
+    first held-out peer under phi_0 and, beside it, phi_L."""
+    from PIL import Image, ImageDraw
+
+    films, pictures = [], []
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            env = make_env(args, args.eval_episodes)
+            adapt(env, params, env.peers(SPLITS["test"][:1]), args, films)
+    except RuntimeError as e:
+        fail(e)
+    for pair in list(zip(films[0], films[-1]))[::2]:
+        picture = Image.fromarray(np.concatenate(pair, 1))
+        for left, text in (10, "phi_0"), (picture.width // 2 + 10, f"phi_{args.chain_length}"):
+            ImageDraw.Draw(picture).text((left, 10), text, "white", font_size=20)
+        pictures.append(picture.reduce(2).quantize(48, dither=Image.Dither.NONE))
+    pictures[0].save(folder / "before_after.gif", save_all=True, append_images=pictures[1:], duration=100,
+                     loop=0)
+    return folder / "before_after.gif"
 
 
 # ================================================================ 7. Logging and checkpoints
@@ -1003,16 +1294,21 @@ def write_eval(folder, values, step, seed):
 def build(args, env):
     """Parameters and optimisers, in the three groups that are clipped and stepped separately."""
     S, A = env.states, env.actions
-    if args.policy == "table":
+    if args.pretrain_peers:  # two actors, stacked, and a critic; nothing adapts
+        actors = [make_lstm(S, A, gaussian=True) for _ in range(env.num_agents)]
+        params = {"theta": {k: torch.stack([p[k] for p in actors]) for k in PEER},
+                  "psi": {k: v[None] for k, v in make_lstm(S, 1).items()}}
+    elif args.policy == "table":
         params = {"theta": {"logits": torch.zeros(S, A)}, "psi": {"values": torch.zeros(S, 1)}}
     else:
-        params = {"theta": make_lstm(S, A), "psi": make_lstm(S, 1)}
-    params["eta"] = {"eta": torch.full((args.chain_length,), args.inner_lr)}
+        params = {"theta": make_lstm(S, A, gaussian=not env.discrete), "psi": make_lstm(S, 1)}
+    if not args.pretrain_peers:
+        params["eta"] = {"eta": torch.full((args.chain_length,), args.inner_lr)}
     params = copy_of(params, args.device)
     lrs = {"theta": args.outer_lr, "psi": args.critic_lr, "eta": args.outer_lr}
     size = {group: sum(v.numel() for v in p.values()) for group, p in params.items()}
-    scale = math.sqrt(args.num_chains)  # [D3]
-    return params, {group: AMSGrad(size[group], lrs[group] * scale, args.device) for group in params}
+    scale, eps = math.sqrt(args.num_chains), 1e-8 if args.pretrain_peers else 1e-3  # [D3]
+    return params, {group: AMSGrad(size[group], lrs[group] * scale, args.device, eps) for group in params}
 
 
 def copy_of(params, device):
@@ -1023,12 +1319,23 @@ def evaluate_checkpoint(args):
     """--evaluate: the table of the parameters that were best on validation personas, on the test split."""
     state, folder = load(args.evaluate), Path(args.evaluate).parent
     params = copy_of(state["best"], args.device)
-    results = evaluate(args, params, "test")
-    print(table(results, args))
-    write_eval(folder, summary(results), state["global_step"], args.seed)
-    if args.capture_video:
-        (folder / "play.txt").write_text(table(results, args) + "\n")
+    report(args, params, state["population"], folder, state["global_step"])
+    if args.capture_video and args.env == "half_cheetah_dir" and not args.pretrain_peers:
+        print(capture(args, params, folder))
     return params
+
+
+def report(args, params, population, folder, step):
+    """Write eval.json and print the table: of the test split, or of the pre-training."""
+    if args.pretrain_peers:
+        values, text = pretraining_curve(population["returns"])
+    else:
+        results = evaluate(args, params, "test")
+        values, text = summary(results), table(results, args)
+    write_eval(folder, values, step, args.seed)
+    print(text)
+    if args.evaluate and args.capture_video and args.env != "half_cheetah_dir":
+        (folder / "play.txt").write_text(text + "\n")
 
 
 def restore(args, params, optimizers):
@@ -1054,38 +1361,47 @@ def train(args):
     episodes = 1 if args.gradient == "exact" else args.num_episodes
     env = make_env(args, args.num_chains // WORLD * episodes)
     params, optimizers = build(args, env)
-    state = {"iteration": 0, "global_step": 0, "best": params, "best_score": -math.inf}
+    nobody = {"weights": torch.zeros(0, dtype=torch.int16), "returns": torch.zeros(0)}
+    state = {"iteration": 0, "global_step": 0, "best": params, "best_score": -math.inf, "population": nobody}
     if args.resume:
         state = restore(args, params, optimizers)
-    iteration, global_step = state["iteration"], state["global_step"]
+    iteration, global_step, population = (state[k] for k in ("iteration", "global_step", "population"))
     best, best_score = copy_of(state["best"], args.device), state["best_score"]
+    update = outer_update
+    if args.pretrain_peers:
+        update = functools.partial(pretrain_update, population=population)
     log, stop, done = Log(args, global_step), False, global_step >= args.total_steps
 
     while not stop and not done:
-        logs, reward = outer_update(env, params, optimizers, args)
+        logs, reward = update(env, params, optimizers, args)
         iteration += 1
         global_step += len(reward) * args.num_chains * episodes * args.horizon
-        logs |= {f"adapt/return_{l}": v for l, v in enumerate(reward[:, 0])}  # per step, as in the paper
-        logs |= {f"charts/episodic_return/agent_{a}": v for a, v in enumerate(reward.mean(0) * args.horizon)}
-        logs["charts/episodic_return"] = reward[:, 0].mean() * args.horizon
+        logs |= {f"adapt/return_{l}": v for l, v in enumerate(score(reward[:, 0], args))}  # as in the paper
+        returns = per_episode(reward, args)  # (L+1, N)
+        logs |= {f"charts/episodic_return/agent_{a}": v for a, v in enumerate(returns.mean(0))}
+        logs["charts/episodic_return"] = returns[:, 0].mean()
         logs["charts/SPS"] = log.sps(global_step)
         stop, done = log.stop(), global_step >= args.total_steps
-        validate = done or args.eval_every and iteration % args.eval_every == 0
-        if validate and RANK == 0:  # keep the parameters that adapt best to validation personas
+        milestone = done or args.eval_every and iteration % args.eval_every == 0
+        if milestone and RANK == 0 and not args.pretrain_peers:
+            # keep the parameters that adapt best to validation personas
             logs |= summary(evaluate(args, params, "val"))
             if logs["eval/sum_after_phi_0"] > best_score:
                 best, best_score = copy_of(params, args.device), logs["eval/sum_after_phi_0"]
         log.scalars(logs, global_step)
-        text = f"reward {reward[0, 0]:+.3f} -> {reward[-1, 0]:+.3f}, best validation sum {best_score:+.2f}"
-        log.progress(global_step, text, validate)
+        first, last = score(reward[[0, -1], 0], args)
+        text = f"reward {first:+.3f} -> {last:+.3f}, best validation sum {best_score:+.2f}"
+        log.progress(global_step, text, milestone)
         if stop or done or iteration % args.save_every == 0:
             save(log.dir / "checkpoint.pt", dict(
                 params=params, optimizers={group: o.state_dict() for group, o in optimizers.items()},
-                best=best, best_score=best_score, iteration=iteration, global_step=global_step), args)
+                best=params if args.pretrain_peers else best, best_score=best_score, population=population,
+                iteration=iteration, global_step=global_step), args)
     if RANK == 0 and done:
-        results = evaluate(args, best, "test")
-        write_eval(log.dir, summary(results), global_step, args.seed)
-        print(f"{table(results, args)}\n{log.dir}: {global_step} steps")
+        if args.pretrain_peers:
+            write_population(log.dir / "peers.npz", **population)
+        report(args, best, population, log.dir, global_step)
+        print(f"{log.dir}: {global_step} steps")
     log.close()
     return params
 

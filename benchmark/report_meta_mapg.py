@@ -8,7 +8,8 @@ import re
 import matplotlib.pyplot as plt
 from report import below, facts, markdown, minutes, other_flags, over_seeds, slug, svg
 
-# Kim et al. 2021, Fig., read off the vector figure: reward per step of agent i after 0..7 updates.
+# Kim et al. 2021, Fig., read off the vector figure: reward per step of agent i after 0..7 updates; in
+# half_cheetah_dir the return of an episode after 0..2 updates.
 SOURCE = "Kim et al. 2021, Fig., read off the vector figure"
 PAPER = {
     ("ipd", "cooperative"): {
@@ -27,8 +28,16 @@ PAPER = {
         "LOLA-DiCE": (0.412, 0.267, 0.187, 0.141, 0.106, 0.083, 0.067, 0.056),
         "REINFORCE": (0.503, 0.311, 0.229, 0.168, 0.135, 0.117, 0.104, 0.096),
         "no own learning": (-0.002, 0.000, -0.003, -0.010, -0.006, 0.022, -0.008, 0.003)},
+    ("half_cheetah_dir", "left"): {
+        "Meta-MAPG": (200.4, 203.9, 206.9), "Meta-PG": (201.8, 205.7, 208.0),
+        "LOLA-DiCE": (70.9, 72.9, 75.2), "REINFORCE": (113.6, 112.2, 112.8)},
 }
-PANELS = {"ipd": ("cooperative", "defective"), "rps": ("all",), "rps3": ("all",), "rps4": ("all",)}
+# The same figure: return to the left of the pair from which the peers come, by iteration of pre-training.
+PRETRAINING = {"0": -59, "25": -27, "50": 1, "75": 59, "100": 160, "125": 254, "150": 312, "175": 381,
+               "200": 389, "225": 413, "250": 449, "275": 476, "300": 505, "475_499": 582}
+CHEETAH = "half_cheetah_dir"
+PANELS = {"ipd": ("cooperative", "defective"), "rps": ("all",), "rps3": ("all",), "rps4": ("all",),
+          CHEETAH: ("left",)}
 CLASSES = {"rps": ("rock", "paper", "scissors")}
 METHODS = ("Meta-MAPG", "Meta-PG", "LOLA-DiCE", "REINFORCE", "no own learning", "Meta-MAPG-OM")
 
@@ -47,15 +56,29 @@ def method(result):
     return named + ("-OM" if "opponent-model" in result.flags else "")
 
 
+def pretraining(result):
+    return "pretrain-peers" in result.flags
+
+
+def digits(env):
+    """How a value is written: rewards per step, or returns of an episode."""
+    return "+.1f" if env == CHEETAH else "+.3f"
+
+
+def title_of(env):
+    return "HalfCheetah-dir, two agents" if env == CHEETAH else env.upper()
+
+
 def policy(result):
     exact = result.flags["env"] == "ipd" and result.flags.get("gradient") != "sampled"
     table = f"table, {'exact' if exact else 'sampled'} gradient"
-    return "LSTM" if result.flags.get("policy") == "lstm" else table
+    return "LSTM" if "lstm" == result.flags.get("policy") or result.flags["env"] == CHEETAH else table
 
 
 def others(result):
     """The flags that are not said by world, policy and method."""
-    said = ("policy", "method", "gradient", "no-own-learning", "no-peer-learning", "opponent-model")
+    said = ("policy", "method", "gradient", "no-own-learning", "no-peer-learning", "opponent-model",
+            "pretrain-peers", *(["personas"] if result.flags["env"] == CHEETAH else []))
     return other_flags(result, said)
 
 
@@ -81,14 +104,15 @@ def adaptation(result, panel):
 # ---------------------------------------------------------------- tables
 def paper_row(result, panel):
     """The paper's numbers for the same world, peers and method, or None."""
-    same_length = result.flags.get("chain-length", "7") == "7"
+    usual = "2" if result.flags["env"] == CHEETAH else "7"
+    same_length = result.flags.get("chain-length", usual) == usual
     return PAPER.get((result.flags["env"], panel), {}).get(method(result)) if same_length else None
 
 
 def table(results):
     """One line for each result and class of peers, for README.md."""
     rows = []
-    for result in in_order(results):
+    for result in in_order(r for r in results if not pretraining(r) and r.flags["env"] != CHEETAH):
         for panel in PANELS[result.flags["env"]]:
             mean, _, _ = adaptation(result, panel)
             paper, setting = paper_row(result, panel), f"{method(result)}, {policy(result)} {others(result)}"
@@ -101,20 +125,65 @@ def table(results):
     return markdown(head, rows)
 
 
+def cheetah_table(results):
+    """One line for each method in the two-agent HalfCheetah: return of an episode, the paper's beside it."""
+    rows = []
+    for result in in_order(r for r in results if not pretraining(r) and r.flags["env"] == CHEETAH):
+        mean, half, over = adaptation(result, "left")
+        paper = paper_row(result, "left")
+        cells = [f"{m:.0f} ± {h:.0f}" + (f" ({p:.0f})" if p else "")
+                 for m, h, p in zip(mean, half, paper or [None] * len(mean))]
+        steps = next(iter(result.final.values()))["global_step"]
+        rows.append([f"{method(result)} {others(result)}".strip(), *cells, over, f"{steps / 1e6:.1f}",
+                     minutes(result)])
+    if not rows:
+        return "No results yet."
+    wide = max(len(row) for row in rows) - 4
+    head = ["method", *(f"φ_{l} (paper)" for l in range(wide)), "± over", "million steps", "minutes"]
+    return markdown(head, rows)
+
+
+def peers_table(results):
+    """The return to the left of the pre-training pair by iteration, the paper's beside it."""
+    rows = []
+    for result in filter(pretraining, results):
+        values = pretraining_curve(result)
+        keys = [n for n in PRETRAINING if n in values]
+        rows = [["paper", *(f"{PRETRAINING[n]:+d}" for n in keys)]]
+        for seed in result.final:
+            own = pretraining_curve(result, [seed])
+            rows.append([f"ours, seed {seed}", *(f"{own[n]:+.0f}" for n in keys)])
+        head = ["iteration", *(n.replace("_", "-") for n in keys)]
+        made = f"`{result.meta['command']}`; {result.meta['minutes']} minutes on {result.meta['machine']}."
+        return f"{markdown(head, rows)}\n\n{made}\n\n![curve](curves/{result.name}-learning.svg)"
+    return "No results yet."
+
+
+def pretraining_curve(result, seeds=None):
+    """{iteration: return}, mean over the seeds."""
+    runs = [run for seed, run in result.final.items() if not seeds or seed in seeds]
+    prefix = "eval/pretraining/return_"
+    return {tag.removeprefix(prefix): sum(run[tag] for run in runs) / len(runs)
+            for tag in runs[0] if tag.startswith(prefix)}
+
+
 def details(results):
     """A section for each result: how it was made, its interval, and the paper's row under ours."""
-    text = [f"Paper: {SOURCE}. Reward per step of agent i; the last column is the sum without φ_0."]
-    for result in in_order(results):
+    cheetah = any(r.flags["env"] == CHEETAH for r in results)
+    kind = ", in HalfCheetah the return of an episode" if cheetah else ""
+    text = [f"Paper: {SOURCE}. Reward per step of agent i{kind}; the last column is the sum without φ_0."]
+    for result in in_order(r for r in results if not pretraining(r)):
+        form = digits(result.flags["env"])
         rows = []
         for panel in PANELS[result.flags["env"]]:
             mean, half, over = adaptation(result, panel)
-            rows.append([panel, "ours", *(f"{m:+.3f}" for m in mean), f"{sum(mean[1:]):+.2f}"])
-            rows.append(["", "±", *(f"{h:.3f}" for h in half), ""])
+            rows.append([panel, "ours", *(f"{m:{form}}" for m in mean), f"{sum(mean[1:]):+.2f}"])
+            rows.append(["", "±", *(f"{h:{form[1:]}}" for h in half), ""])
             if paper := paper_row(result, panel):
-                rows.append(["", "paper", *(f"{x:+.3f}" for x in paper), f"{sum(paper[1:]):+.2f}"])
-        title = f"{result.flags['env'].upper()}: {method(result)}, {policy(result)} {others(result)}".strip()
+                rows.append(["", "paper", *(f"{x:{form}}" for x in paper), f"{sum(paper[1:]):+.2f}"])
+        title = f"{title_of(result.flags['env'])}: {method(result)}, {policy(result)} {others(result)}"
         head = ["peers", "", *(f"φ_{l}" for l in range(len(mean))), "sum"]
-        text.append(f"### {title}\n\n" + facts(result, over) + f"\n\n{markdown(head, rows)}\n\n"
+        text.append(f"### {title.strip()}\n\n" + facts(result, over) + f"\n\n{markdown(head, rows)}\n\n"
                     f"![learning curve](curves/{result.name}-learning.svg)")
     return "\n\n".join(text)
 
@@ -139,14 +208,16 @@ def adaptation_figure(env, kind, results):
             ax.plot(x, mean, color=color, lw=2, ls=("-", "--", "-.")[(same - 1) % 3], label=label, zorder=3)
             ax.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)],
                             color=color, alpha=0.2, lw=0)
-        ax.set_title({"all": "all personas"}.get(panel, f"{panel} peer"))
+        kinds = {"all": "all personas", "left": "held-out peers, who ran to the left"}
+        ax.set_title(kinds.get(panel, f"{panel} peer"))
         ax.set_xlabel("l, updates of every agent")
         ax.grid(color="0.9", lw=0.6)
     values = [y for ax in axes[0] for line in ax.lines for y in line.get_ydata()]
     margin = 0.15 * (max(values) - min(values))  # a band over few seeds may leave the figure
     axes[0, 0].set_ylim(min(values) - margin, max(values) + margin)
-    axes[0, 0].set_ylabel("reward per step of agent i under φ_l")
-    fig.suptitle(f"{env.upper()}, ours with {kind}; paper with LSTM")
+    what = "return of an episode" if env == CHEETAH else "reward per step of agent i"
+    axes[0, 0].set_ylabel(f"{what} under φ_l")
+    fig.suptitle(f"{title_of(env)}, ours with {kind}; paper with LSTM")
     below(fig, axes[0, 0])
     return svg(fig)
 
@@ -167,8 +238,26 @@ def learning_figure(result):
         level = sum(sum(points[1:]) for points in paper) / len(paper)
         ax.axhline(level, color="0.4", ls=":", lw=1, label=f"paper, meta-test: {level:.2f}")
     ax.set_xlabel("environment steps, millions")
-    ax.set_ylabel("validation: sum of rewards φ_1 to φ_L")
-    ax.set_title(f"{result.flags['env'].upper()}, {method(result)}, {policy(result)}", fontsize=10)
+    what = "returns" if result.flags["env"] == CHEETAH else "rewards"
+    ax.set_ylabel(f"validation: sum of {what} φ_1 to φ_L")
+    ax.set_title(f"{title_of(result.flags['env'])}, {method(result)}, {policy(result)}", fontsize=10)
+    ax.grid(color="0.9", lw=0.6)
+    below(fig, ax)
+    return svg(fig)
+
+
+def peers_figure(result):
+    """Return to the left during pre-training, each seed, and the paper's."""
+    fig, ax = plt.subplots(figsize=(5.2, 3.8))
+    at = lambda n: 487 if n == "475_499" else int(n)
+    ax.plot([at(n) for n in PRETRAINING], [*PRETRAINING.values()], color="0.3", marker="o", mfc="white",
+            ls=":", lw=0.8, ms=5, label="paper")
+    for seed in result.final:
+        own = sorted((at(n), value) for n, value in pretraining_curve(result, [seed]).items())
+        ax.plot(*zip(*own), color=STYLE["Meta-MAPG"][0], lw=1.5, label=f"ours, seed {seed}")
+    ax.set_xlabel("iteration of pre-training, 12,800 steps each")
+    ax.set_ylabel("return of an episode to the left")
+    ax.set_title(f"{title_of(CHEETAH)}: where the peers come from", fontsize=10)
     ax.grid(color="0.9", lw=0.6)
     below(fig, ax)
     return svg(fig)
@@ -184,11 +273,12 @@ def groups(results):
 
 def figures(results):
     """{file name: svg}."""
-    out = {}
-    for (env, kind), group in groups(in_order(results)).items():
+    out = {f"{r.name}-learning.svg": peers_figure(r) for r in results if pretraining(r)}
+    for (env, kind), group in groups(in_order(r for r in results if not pretraining(r))).items():
         out[f"meta_mapg-{slug(env, kind)}.svg"] = adaptation_figure(env, kind, group)
         out |= {f"{r.name}-learning.svg": learning_figure(r) for r in group}
     return out
 
 
-TABLES = {"meta_mapg": table, "meta_mapg-details": details}
+TABLES = {"meta_mapg": table, "meta_mapg-cheetah": cheetah_table, "meta_mapg-peers": peers_table,
+          "meta_mapg-details": details}

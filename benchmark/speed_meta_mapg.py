@@ -1,8 +1,11 @@
 """
-How fast meta_mapg.py is, beside naive_meta_mapg.py and the arithmetic's floor. Used by speed.py.
+How fast meta_mapg.py is, beside naive_meta_mapg.py and the arithmetic's floor, and in half_cheetah beside
+gymnasium, which only steps. Used by speed.py.
 """
 
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 
 from run import ROOT
 from speed import timed
@@ -10,6 +13,7 @@ from speed import timed
 sys.path.insert(0, str(ROOT))
 GFLOP = 28  # arithmetic of one IPD chain at L=7, K=64, H=150, table look-ups instead of the input products
 FULL = dict(chain_length=7, num_episodes=64, horizon={"ipd": 150, "rps": 50}, chains=(8, 16))
+CHEETAH = dict(game="half_cheetah", chain_length=2, num_episodes=64, horizon=200)
 QUICK = dict(chain_length=2, num_episodes=16, horizon={"ipd": 20, "rps": 10}, chains=(2, 4))
 HEAD = ["game", "what", "chains", "threads", "s_per_iteration", "s_per_chain", "cpu_s_per_chain",
         "steps_per_s", "MiB_per_chain", "times_naive", "times_floor"]
@@ -21,10 +25,13 @@ def settings(case):
     import meta_mapg
 
     sizes = {k: case[k] for k in ("chain_length", "num_episodes", "horizon") if k in case}
-    args = meta_mapg.resolve(meta_mapg.Args(env=case["game"], policy=case.get("policy", "lstm"), **sizes,
-                                            num_chains=case["chains"], num_threads=case["threads"]))
+    game = {"half_cheetah": "half_cheetah_dir"}.get(case["game"], case["game"])
+    args = meta_mapg.resolve(meta_mapg.Args(
+        env=game, policy=case.get("policy", "lstm"), num_chains=case["chains"], num_threads=case["threads"],
+        **sizes))
     meta_mapg.set_up(args)
-    env = meta_mapg.make_env(args, args.num_chains * (1 if args.gradient == "exact" else args.num_episodes))
+    episodes = 1 if args.gradient == "exact" else args.num_episodes
+    env = meta_mapg.make_env(args, args.num_chains * episodes)
     return meta_mapg, args, env, *meta_mapg.build(args, env)
 
 
@@ -78,6 +85,28 @@ def measure_world(case):
     return timed(play, 3)
 
 
+def step_gymnasium(steps):
+    """Processor seconds of so many steps of one gymnasium world: no policy, no resets, no wrappers."""
+    import gymnasium
+
+    world = gymnasium.make("HalfCheetah-v5").unwrapped
+    world.reset(seed=1)
+    actions, before = [world.action_space.sample() for _ in range(100)], time.process_time()
+    for n in range(steps):
+        world.step(actions[n % 100])
+    return time.process_time() - before
+
+
+def measure_gymnasium(case):
+    """The environment steps of one chain, divided among as many processes as the case has threads."""
+    n, steps = case["threads"], (case["chain_length"] + 1) * case["num_episodes"] * case["horizon"]
+    with ProcessPoolExecutor(n) as pool:
+        list(pool.map(step_gymnasium, [100] * n))  # all have imported what they need
+        wall = time.perf_counter()
+        cpu = sum(pool.map(step_gymnasium, [steps // n] * n))
+        return time.perf_counter() - wall, cpu
+
+
 def check_twin(case):
     """The twin computes what the script computes: the same gradients of theta, eta and psi of each chain."""
     import naive_meta_mapg as naive
@@ -112,7 +141,7 @@ def check():
 
 
 MEASURES = {"batched": measure_batched, "naive": measure_naive, "exact tables": measure_batched,
-            "world": measure_world, "world, Python loop": measure_world}
+            "world": measure_world, "world, Python loop": measure_world, "gymnasium": measure_gymnasium}
 
 
 def measure(case):
@@ -130,11 +159,19 @@ def cases(quick, all_threads):
             size |= {k: sizes[k] for k in ("chain_length", "num_episodes")}
             out.append(size | dict(what="naive", chains=1))
             out += [size | dict(what="batched", chains=chains) for chains in sizes["chains"]]
+        size = CHEETAH | dict(threads=threads) | (dict(horizon=20) if quick else {})
+        out.append(size | dict(what="gymnasium", chains=1))  # only the steps, a process for each thread
+        out += [size | dict(what="batched", chains=chains) for chains in (1, 4)]
     chain_length, horizon = sizes["chain_length"], sizes["horizon"]["ipd"]
     out.append(dict(game="ipd", what="exact tables", policy="table", chains=24, threads=1, horizon=horizon,
                     chain_length=chain_length))
     return out + [dict(game="ipd", what=what, chains=sizes["chains"][1], num_episodes=sizes["num_episodes"],
                        threads=1, horizon=horizon) for what in ("world", "world, Python loop")]
+
+
+def gflop(case):
+    """Arithmetic for each environment step of a chain, without the physics."""
+    return 47 / (3 * 64 * 200) if case["game"] == "half_cheetah" else GFLOP / (8 * 64 * 150)
 
 
 def row_of(case, best, naive, rates):
@@ -143,7 +180,7 @@ def row_of(case, best, naive, rates):
     steps = chains * case["horizon"] * (case.get("chain_length", 0) + 1) * case.get("num_episodes", 1)
     each = best["wall"] / chains
     ratio = naive["wall"] / each if naive and not world else naive["wall"] / best["wall"] if naive else ""
-    floor = GFLOP * steps / chains / (8 * 64 * 150) / rates[case["threads"]]
+    floor = gflop(case) * steps / chains / rates[case["threads"]]
     lstm = case["what"] in ("batched", "naive")
     return [case["game"], case["what"], chains, case["threads"], f"{best['wall']:.4g}",
             "" if world else f"{each:.3g}", "" if world else f"{best['cpu'] / chains:.3g}",
@@ -155,9 +192,10 @@ def summary(plan, best, rates):
     """The rows of the table, and what else there is to say; rates: {threads: GFLOP/s}."""
     timed_cases = [(case, run) for case, run in zip(plan, best) if case["what"] != "matmul"]
     yardstick = {(c["game"], c["threads"], c["what"]): run for c, run in timed_cases}
-    rows, facts = [HEAD], {"sizes": "L=7, K=64, H=150 (ipd), 50 (rps)"}
+    rows, facts = [HEAD], {"sizes": "L=7, K=64, H=150 (ipd), 50 (rps); L=2, K=64, H=200 (half_cheetah)"}
     for case, run in timed_cases:
         twin = {"batched": "naive", "world": "world, Python loop"}.get(case["what"])
+        twin = "gymnasium" if case["game"] == "half_cheetah" and twin else twin
         naive = yardstick.get((case["game"], case["threads"], twin))
         rows.append(row_of(case, run, naive, rates))
     for game in ("ipd", "rps"):  # whatever number of chains and threads is best for each
@@ -165,6 +203,11 @@ def summary(plan, best, rates):
                           if (c["game"], c["what"]) == (game, what)) for what in ("naive", "batched")}
         facts[f"{game}, best per chain"] = (f"naive {wall['naive']:.3g} s, batched {wall['batched']:.3g} s, "
                                             f"ratio {wall['naive'] / wall['batched']:.1f}")
+    wall = {what: {c["threads"]: run["wall"] / c["chains"] for c, run in timed_cases if (
+        c["game"], c["what"]) == ("half_cheetah", what)} for what in ("gymnasium", "batched")}
+    facts["half_cheetah, a chain"] = "; ".join(
+        f"{n} thread{'s' * (n > 1)}: gymnasium's steps {wall['gymnasium'][n]:.3g} s, the whole iteration "
+        f"{s:.3g} s, ratio {wall['gymnasium'][n] / s:.1f}" for n, s in wall["batched"].items())
     facts["floor of an IPD chain"] = ", ".join(
         f"{n} thread{'s' * (n > 1)} {GFLOP / rate:.2f} s ({rate:.0f} GFLOP/s)" for n, rate in rates.items())
     return rows, facts

@@ -463,14 +463,14 @@ def test_baseline_is_the_regression_on_all_features():  # T9, eq. (1), [D1]
 
 
 # ---------------------------------------------------------------- the LSTM
-def lstm_params(C, S, outputs, hidden=6, dtype=torch.float64):
+def lstm_params(C, S, outputs, hidden=6, dtype=torch.float64, gaussian=False):
     """C different networks with random biases, which make_lstm leaves at zero."""
-    shape = m.make_lstm(S, outputs, hidden)
-    return {k: (0.6 * torch.randn(C, *v.shape)).to(dtype).requires_grad_() for k, v in shape.items()}
+    shape = m.lstm_shapes(S, outputs, hidden, gaussian)
+    return {k: (0.6 * torch.randn(C, *v)).to(dtype).requires_grad_() for k, v in shape.items()}
 
 
 def reference(p, state):
-    """The network by torch.nn.LSTMCell, one chain at a time, on (C, T, K) states."""
+    """The network by torch.nn.LSTMCell, one chain at a time, on (C, T, K) or (C, T, K, S) states."""
     out = []
     for c, states in enumerate(state):
         q = {k: v[c] for k, v in p.items()}
@@ -478,15 +478,18 @@ def reference(p, state):
         cell, memory = torch.nn.LSTMCell(hidden, hidden), None
         weights = dict(weight_ih=q["w_ih"], weight_hh=q["w_hh"], bias_ih=q["b_ih"], bias_hh=q["b_hh"])
         for s in states:
-            z = F.relu(F.linear(F.one_hot(s, S).to(q["w1"]), q["w1"], q["b1"]))
+            x = (s if s.is_floating_point() else F.one_hot(s, S)).to(q["w1"])
+            z = F.relu(F.linear(x, q["w1"], q["b1"]))
             memory = torch.func.functional_call(cell, weights, (z, memory) if memory else (z,))
             out.append(F.linear(memory[0], q["w2"], q["b2"]))
-    return torch.stack(out).view(*state.shape, -1)
+    return torch.stack(out).view(*state.shape[:3], -1)
 
 
-def test_lstm_equals_torch_lstm_cell_with_its_first_and_second_derivatives():  # T9
+@pytest.mark.parametrize("kind", ["index", "numbers"])
+def test_lstm_equals_torch_lstm_cell_with_its_first_and_second_derivatives(kind):  # T9
     torch.manual_seed(0)
     p, state = lstm_params(3, 5, 2), torch.randint(5, (3, 4, 7))
+    state = torch.randn(3, 4, 7, 5) if kind == "numbers" else state
     results = []
     for net in m.lstm_outputs, reference:
         out = net(p, state)
@@ -495,8 +498,13 @@ def test_lstm_equals_torch_lstm_cell_with_its_first_and_second_derivatives():  #
         results.append([out, *first, *second])
     for name, ours, torchs in zip(["outputs", *p, *p], *results):
         torch.testing.assert_close(ours, torchs, msg=lambda e, name=name: f"{name}: {e}")
+    if kind == "numbers":
+        p["log_std"] = torch.zeros(3, 2)
     with torch.no_grad():  # the same net step by step, as rollout() plays it
         step = m.player(p)
+        if kind == "numbers":  # then it says the means
+            played = torch.stack([step(s) for s in state.unbind(1)], 1)
+            return torch.testing.assert_close(played, reference(p, state))
         played = torch.stack([step(s) for s in state.unbind(1)], 1)
         torch.testing.assert_close(played, reference(p, state).softmax(-1))
         torch.testing.assert_close(m.log_policy(p, state).exp(), played)
@@ -512,14 +520,19 @@ def test_recurrence_passes_gradcheck_and_gradgradcheck():  # T9
     scan = lambda table, w: m.LSTMScan.apply(table, w, rows)
     assert torch.autograd.gradcheck(lambda *x: scan(*x)[:3], (table, w))  # h, gates, c
     assert torch.autograd.gradgradcheck(lambda *x: scan(*x)[0], (table, w))
+    z = torch.randn(C, T, K, 4 * H, dtype=torch.float64, requires_grad=True)  # inputs in place of a table
+    scan = lambda z, w: m.LSTMScan.apply(z, w, None)
+    assert torch.autograd.gradcheck(lambda *x: scan(*x)[:3], (z, w))
+    assert torch.autograd.gradgradcheck(lambda *x: scan(*x)[0], (z, w))
 
 
 def test_networks_have_the_papers_sizes_and_initialisation():  # section 3 of the paper's code
-    sizes = [(5, 2, 33_794), (5, 1, 33_729), (10, 3, 34_179)]
-    for states, outputs, count in sizes:
-        p = m.make_lstm(states, outputs)
+    sizes = [(5, 2, False, 33_794), (5, 1, False, 33_729), (10, 3, False, 34_179), (17, 3, True, 34_630),
+             (17, 1, False, 34_497)]
+    for states, outputs, gaussian, count in sizes:
+        p = m.make_lstm(states, outputs, gaussian=gaussian)
         assert sum(v.numel() for v in p.values()) == count
-        assert all((v == 0).all() for k, v in p.items() if k.startswith("b"))
+        assert all((v == 0).all() for k, v in p.items() if k.startswith("b") or k == "log_std")
         for k in "w_ih", "w_hh":
             assert abs(p[k].std() - math.sqrt(2 / (256 + 64))) < 0.003
 
@@ -576,7 +589,8 @@ def sampled(game="ipd", C=2, policy="table", tasks=None, theta=None, psi=None, p
     if theta is None and policy == "table":
         theta, psi = {"logits": torch.randn(C, S, A)}, {"values": torch.randn(C, S, 1)}
     elif theta is None:
-        theta, psi = lstm_params(C, S, A), lstm_params(C, S, 1)
+        hidden = 6 if env.discrete else 64  # as the peers' there
+        theta, psi = lstm_params(C, S, A, hidden, gaussian=not env.discrete), lstm_params(C, S, 1, hidden)
     tasks = env.sample_tasks(C) if tasks is None else tasks
     double = lambda p: m.leaves({k: v[first : first + n].double() for k, v in p.items()})
     theta, psi = double(theta), double(psi or {"values": torch.zeros(C, S, 1)})
@@ -864,3 +878,229 @@ def test_each_of_many_agents_follows_its_own_reward(game):  # eq. (3)
         assert [not torch.allclose(p, q) for p, q in zip(before, after)] == [b == a for b in range(N)]
     for peer in before[1:]:  # and we shape each of them
         assert (grad(peer.square().sum(), run.theta["logits"], retain_graph=True) != 0).any()
+
+
+# ---------------------------------------------------------------- two-agent HalfCheetah, Gaussian LSTMs
+def peers(n, scale=0.2, seed=0):
+    """n weight vectors of peers, all different."""
+    draw = torch.Generator().manual_seed(seed)
+    size = sum(math.prod(shape) for shape in m.PEER.values())
+    return scale * torch.randn(n, size, generator=draw)
+
+
+@pytest.fixture(scope="module")
+def personas(tmp_path_factory):
+    """A population in a file: one random peer, and 324 that differ from it in one weight."""
+    path = tmp_path_factory.mktemp("peers") / "peers.npz"
+    weights = (peers(1, 0.05) / m.GRID).round().short().repeat(len(m.KEPT), 1)
+    weights[torch.arange(len(m.KEPT)), torch.arange(len(m.KEPT))] += 100
+    m.write_population(path, weights, torch.zeros(500))
+    return str(path)
+
+
+def cheetah(personas, C=2, seed=0, **kw):
+    """sampled() in half_cheetah_dir, with peers and step sizes that make all terms large."""
+    torch.manual_seed(seed)
+    kw = dict(dict(peer_lr=0.5, inner_lr=0.5, tasks=peers(C)[:, None], num_episodes=3), **kw)
+    return sampled("half_cheetah_dir", C, "lstm", personas=personas, **kw)
+
+
+def test_gaussian_policy_is_that_of_torch():  # spec of the policy
+    torch.manual_seed(0)
+    p, state = lstm_params(2, 5, 3, gaussian=True), torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    action = 2 * torch.randn(2, 4, 6, 3, dtype=torch.float64)
+    pi = torch.distributions.Normal(reference(p, state), p["log_std"].exp()[:, None, None])
+    torch.testing.assert_close(m.log_prob(p, state, action), pi.log_prob(action).sum(-1))
+    torch.testing.assert_close(m.entropy(p, state).expand(2, 4, 6), pi.entropy().sum(-1))
+    noise = torch.randn(2, 6, 3, dtype=torch.float64)
+    drawn = m.draw(p, pi.mean[:, 1], noise)
+    torch.testing.assert_close((drawn - pi.mean[:, 1]) / pi.stddev[:, 0], noise)
+    narrow = {**p, "log_std": torch.full((2, 3), -100.0).double()}
+    assert m.log_prob(narrow, state, pi.mean).isfinite().all()  # sigma stops at 1e-6
+    torch.testing.assert_close(m.std_of(narrow), torch.full((2, 1, 1, 3), 1e-6).double())
+
+
+def test_entropy_of_categorical_policies_is_that_of_torch():
+    p, state = lstm_params(2, 5, 3), torch.randint(5, (2, 4, 6))
+    expected = torch.distributions.Categorical(logits=reference(p, state)).entropy()
+    torch.testing.assert_close(m.entropy(p, state), expected)
+
+
+def test_baseline_of_numbers_is_the_regression_on_all_features():  # eq. (1)
+    torch.manual_seed(0)
+    C, N, H, K, S, gamma, ridge = 2, 2, 7, 9, 4, 0.9, 1e-5
+    state, reward = torch.randn(C, H, K, S).double(), torch.randn(C, N, H, K).double()
+    reward = reward + state[:, None, ..., 0] - state[:, None, ..., 1] ** 2
+    got = m.linear_baseline(state, reward, S, gamma)
+    for c, a in itertools.product(range(C), range(N)):
+        o, t = state[c].flatten(0, 1), (torch.arange(H) / 100.0).double().repeat_interleave(K)[:, None]
+        x = torch.cat([o, o**2, t, t**2, t**3, t**0], 1)
+        ret = m.returns_to_go(reward[c, a], gamma).flatten()
+        w = torch.linalg.lstsq(torch.cat([x, math.sqrt(ridge) * torch.eye(2 * S + 4).double()]),
+                               torch.cat([ret, torch.zeros(2 * S + 4).double()])[:, None]).solution[:, 0]
+        torch.testing.assert_close(got[c, a].flatten(), x @ w, atol=1e-6, rtol=0)
+        assert (ret - x @ w).var() < 0.9 * ret.var()
+
+
+def by_hand(run, c):
+    """The losses of chain c written out on what it has recorded: nothing of the script's but the baseline and
+    the advantage. eqs. (2), (3), (5)"""
+    args, theta = run.args, {k: v[c : c + 1] for k, v in run.theta.items()}
+    psi = {k: v[c : c + 1] for k, v in run.psi.items()}
+    players = [theta, m.peers_of(run.tasks[c : c + 1].double())[0]]
+    discount = args.gamma ** torch.arange(args.horizon).double()[:, None]
+    loss = critic_loss = 0.0
+    for l, batch in enumerate(run.batches):
+        batch = m.Batch(*(x[c : c + 1] for x in batch))
+        pi = [torch.distributions.Normal(reference(p, batch.state), p["log_std"].exp()[:, None, None])
+              for p in players]
+        lp = [pi[a].log_prob(batch.action[..., a, :]).sum(-1)[0] for a in range(2)]  # (H, K)
+        reward = batch.reward.movedim(-1, 1).double()
+        if l:
+            value = reference(psi, batch.state)[..., 0]
+            adv = m.gae(reward[:, 0], value.detach(), args.gamma, args.gae_lambda)[0]
+            score = lp[0] + lp[1] if args.peer_learning else lp[0]
+            loss = loss - (adv * score).sum(0).mean()
+            critic_loss = critic_loss + (value[0] - m.returns_to_go(reward[0, 0], args.gamma)).square().mean()
+        if l < len(run.batches) - 1:
+            b, new = m.linear_baseline(batch.state, reward, 17, args.gamma)[0], []
+            for a, lr in (0, run.eta[c, l]), (1, args.peer_lr):
+                node = lp[0] + lp[1] if args.peer_learning else lp[a]
+                box = lambda z: (z - z.detach()).exp()
+                objective = discount * (box(node.cumsum(0)) * reward[0, a] + (1 - box(node)) * b[a])
+                objective = objective.sum(0).mean()
+                g = torch.autograd.grad(objective, [*players[a].values()], create_graph=True)
+                new.append({k: v + lr * d for (k, v), d in zip(players[a].items(), g)})
+            players = new if args.peer_learning else [new[0], m.leaves(new[1])]
+    return loss / len(run.batches), critic_loss / len(run.batches)
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(method="meta-pg"), dict(recompute=True)], ids=str)
+def test_cheetah_losses_and_gradients_equal_those_written_out(kw, personas):  # eqs. (1)-(5)
+    run = cheetah(personas, **kw)
+    ours = gradients(run)
+    for c in range(2):
+        loss, critic_loss = by_hand(run, c)
+        torch.testing.assert_close(run.loss[c], loss)
+        torch.testing.assert_close(run.critic_loss[c], critic_loss)
+        every = [*run.theta.values(), run.eta, *run.psi.values()]
+        wanted = torch.cat([grad(loss + critic_loss, p, retain_graph=True)[c].flatten() for p in every])
+        assert wanted.norm() > 1e-3
+        assert (ours[c] - wanted).norm() < 1e-6 * wanted.norm()
+    if not kw:  # the peer term is there to be seen
+        mine = torch.cat([p.flatten(1) for p in run.theta.values()], 1).shape[1]
+        other = cheetah(personas, method="meta-pg")
+        assert (gradients(other)[:, :mine] - ours[:, :mine]).norm() > 0.01 * ours[:, :mine].norm()
+
+
+@pytest.mark.parametrize("shaping", [True, False])
+def test_cheetah_peer_feels_us_only_by_shaping(shaping, personas, monkeypatch):  # T12
+    calls = spy(monkeypatch)
+    run = cheetah(personas, peer_learning=shaping)
+    for l, logprob in enumerate(calls[0][0]):
+        by_theta = [grad(logprob[:, 1].sum(), p, retain_graph=True) if logprob[:, 1].requires_grad else 0 * p
+                    for p in run.theta.values()]
+        assert any((g != 0).any() for g in by_theta) == (shaping and l > 0)
+
+
+def test_cheetah_chains_side_by_side_equal_one_at_a_time(personas):  # T13
+    whole = cheetah(personas, C=3)
+    given = dict(C=3, theta=whole.theta, psi=whole.psi, tasks=whole.tasks)
+    batched = gradients(cheetah(personas, **given, seed=1))
+    for c in range(3):
+        alone = gradients(cheetah(personas, **given, seed=1, part=(c, 1)))
+        torch.testing.assert_close(alone[0], batched[c], rtol=1e-5, atol=1e-9)
+    assert (batched[0] - batched[1]).norm() > 1e-3 * batched[0].norm()
+
+
+def test_cheetah_runs_to_the_right_with_peers_and_to_the_left_without(personas):
+    for kw, direction in (dict(personas=personas), 1), (dict(pretrain_peers=True), -1):
+        args = arguments(env="half_cheetah_dir", num_episodes=2, **kw)
+        env = m.make_env(args, 2)
+        obs = env.reset(part=(0, 2))
+        assert [o.shape for o in obs] == [(2, 17)] * 2
+        action = [torch.tensor([[0.1, -2.0, 0.3]] * 2), torch.tensor([[5.0, 0.2, 0.0]] * 2)]
+        before = env.world.state[:, 1].copy()
+        reward = env.step(action)[1]
+        v = (env.world.state[:, 1] - before) / 0.05
+        cost = 0.1 * (0.1**2 + 1 + 0.3**2 + 1 + 0.2**2)
+        expected = torch.tensor((direction * v - cost) / 100).float()[:, None].expand(2, 2)
+        torch.testing.assert_close(reward, expected)
+        assert abs(v).min() > 0.01
+        torch.testing.assert_close(m.per_episode(reward, args), expected * 1000)  # H = 10
+
+
+def test_the_population_we_ship_is_the_default_and_its_absence_is_one_line(monkeypatch, tmp_path, capsys):
+    env = m.make_env(m.resolve(m.Args(env="half_cheetah_dir")), 1)
+    assert env.population.shape == (len(m.KEPT), sum(math.prod(shape) for shape in m.PEER.values()))
+    apart = (env.population[1:] - env.population[:-1]).abs().amax(1)
+    assert (apart > 0).all(), "each iteration of pre-training has moved the weights"
+    monkeypatch.setattr(m, "POPULATION", tmp_path / "peers.npz")
+    with pytest.raises(SystemExit) as stop:
+        m.resolve(m.Args(env="half_cheetah_dir"))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "--pretrain-peers" in said and said.count("\n") == 1
+
+
+def test_populations_survive_the_file_and_have_the_splits_of_the_authors(personas, tmp_path):
+    assert [len(m.SPLITS[s]) for s in ("train", "val", "test")] == [275, 25, 25] and len(set(m.KEPT)) == 325
+    assert sorted(m.SPLITS["train"] + m.SPLITS["val"]) == list(range(300))
+    weights = (peers(325, 1.0) / m.GRID).round().short()
+    m.write_population(tmp_path / "p.npz", weights, torch.arange(500.0))
+    first = (tmp_path / "p.npz").read_bytes()
+    read = m.read_population(str(tmp_path / "p.npz"))
+    assert torch.equal(read, weights * m.GRID)
+    m.write_population(tmp_path / "p.npz", weights, torch.arange(500.0))
+    assert (tmp_path / "p.npz").read_bytes() == first
+    args = arguments(env="half_cheetah_dir", personas=personas)
+    env, whole = m.make_env(args, 1), m.read_population(personas)
+    test = env.tasks_by_class("test")["left"]
+    assert test.shape == (25, 1, 34_630) and torch.equal(test[0, 0], whole[300])
+    assert torch.equal(env.tasks_by_class("val")["left"][1, 0], whole[9])
+    torch.manual_seed(0)
+    base = torch.cat([whole[1, :1], whole[0, 1:]])  # peer n differs from it in weight n
+    seen = {int((p != base).nonzero()) for p in env.sample_tasks(200)[:, 0]}
+    assert len(seen) > 100 and not seen & set(m.VALIDATION) and max(seen) < 300
+    p, = m.peers_of(test[:2])
+    assert {k: v.shape[1:] for k, v in p.items()} == m.PEER
+    assert torch.equal(torch.cat([v.flatten(1) for v in p.values()], 1), test[:2, 0])
+    m.write_population(tmp_path / "short.npz", weights[:40], torch.zeros(40))
+    (tmp_path / "text.npz").write_text("no zip")
+    for name, words in ("short", "wanted 325"), ("text", "cannot be read"), ("missing", "cannot be read"):
+        with pytest.raises(ValueError, match=words):
+            m.read_population(str(tmp_path / f"{name}.npz"))
+
+
+def test_ppo_loss_by_hand():  # eq. (10)
+    old, adv = torch.zeros(2, 1, 3), torch.tensor([[[1.0, -1.0, 2.0]]])
+    new = torch.tensor([[[1.5, 1.5, 0.9]], [[0.5, 0.5, 1.1]]]).log().requires_grad_()
+    loss = m.ppo_loss(new, old, adv)
+    assert abs(loss.item() + (1.2 - 1.5 + 1.8 + 0.5 - 0.8 + 2.2) / 6) < 1e-6
+    clipped = grad(loss, new) == 0  # beyond the trust region in the direction of gain: no pull
+    assert clipped.tolist() == [[[True, False, False]], [[False, True, False]]]
+
+
+def test_pretraining_learns_records_who_played_and_goes_on_bit_by_bit(tmp_path):  # [D7]
+    kw = dict(env="half_cheetah_dir", pretrain_peers=True, num_episodes=4, horizon=8, num_threads=1,
+              save_every=3)
+    start = lambda folder, n, **more: m.train(m.Args(**kw, total_steps=n * 32, run_dir=str(folder), **more))
+    whole = start(tmp_path / "whole", 6)
+    start(tmp_path / "half", 3)
+    again = start(tmp_path / "half", 6, resume=str(tmp_path / "half/checkpoint.pt"))
+    other = start(tmp_path / "other", 6, seed=2)
+    for group in whole:
+        assert all(torch.equal(whole[group][k], again[group][k]) for k in whole[group])
+        assert not all(torch.equal(whole[group][k], other[group][k]) for k in whole[group])
+    one, two, three = ((tmp_path / d / "peers.npz").read_bytes() for d in ("whole", "half", "other"))
+    assert one == two != three
+    torch.manual_seed(1)  # the first peer is the untrained front leg
+    args = m.resolve(m.Args(**kw))
+    first = m.build(args, m.make_env(args, 4))[0]["theta"]
+    with np.load(tmp_path / "whole" / "peers.npz") as data:
+        stored = np.cumsum(data["steps"], 1).T * m.GRID
+        assert data["returns"].shape == (6,) and stored.shape == (6, 34_630)
+    flat = torch.cat([v[1].flatten() for v in first.values()])
+    assert (torch.from_numpy(stored[0]) - flat).abs().max() <= m.GRID / 2 + 1e-7
+    last = torch.cat([v[1].flatten() for v in whole["theta"].values()])
+    assert (last - flat).abs().max() > 1e-3 > (torch.from_numpy(stored[5]) - last).abs().mean()

@@ -3,17 +3,22 @@
 import csv
 import importlib
 import json
+import math
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from test_house_style import ROOT, SCRIPTS
+
+PEERS = str(Path(tempfile.gettempdir()) / f"peers-{os.getpid()}.npz")
 
 # The smallest run of each script (arguments as Python values), and the steps of one outer iteration in it.
 TINY = {
@@ -33,12 +38,19 @@ TINY = {
                  context_size=4, encoder_updates=2, keys=2, ring_size=3, warm_up=1,
                  ppo_epochs=2, eval_episodes=2, num_threads=1, save_every=1),
 }
-ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "maml_rl": 4 * 3 * 5 * 2, "tesp": 4 * 3 * 5 * 5,
+# A script in another of its worlds, "<script> <world>": what else it needs is made by prepare().
+TINY["meta_mapg half_cheetah_dir"] = TINY["meta_mapg"] | dict(env="half_cheetah_dir", personas=PEERS)
+ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "meta_mapg half_cheetah_dir": 2 * 3 * 4 * 5,
+             "maml_rl": 4 * 3 * 5 * 2, "tesp": 4 * 3 * 5 * 5,
              "coded_maddpg": 4 * 5, "lemol": 2 * 2 * 4, "mg2l": (3 + 2) * 5}
 BAD = {  # command lines that must end in one line and exit code 2
     "meta_mapg": ["--method nonsense", "--num-chains 0", "--num-chains many", "--chain-length 0", "--gamma 1",
                   "--gradient exact --policy lstm", "--env rps --gradient exact", "--opponent-model",
-                  "--personas missing.npz", "--no-own-learning --no-peer-learning"],
+                  "--personas missing.npz", "--no-own-learning --no-peer-learning",
+                  "--env half_cheetah_dir --personas missing.npz",
+                  "--env half_cheetah_dir --personas truncated.pt", "--pretrain-peers",
+                  "--env half_cheetah_dir --personas p --policy table",
+                  "--env half_cheetah_dir --personas p --opponent-model"],
     "maml_rl": ["--method nonsense", "--env ipd", "--inner-steps 0", "--num-tasks 0", "--gamma 2",
                 "--delta 0", "--family fo-ppo --e-maml", "--outer promp --inner-grad dice"],
     "tesp": ["--buffer nonsense", "--env ipd", "--env ant_goal", "--num-tasks 0", "--buffer-size 0",
@@ -61,6 +73,18 @@ BAD = {  # command lines that must end in one line and exit code 2
 EVERYWHERE = ["--env nonsense", "--nonsense 3", "--resume missing.pt", "--resume truncated.pt",
               "--resume foreign.pt", "--evaluate foreign.pt", "--device nonsense", "--run-dir occupied"]
 each_script = pytest.mark.parametrize("name", SCRIPTS)
+each_world = pytest.mark.parametrize("name", [*SCRIPTS, *(name for name in TINY if " " in name)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepare():
+    """The population of meta_mapg half_cheetah_dir, untrained."""
+    import meta_mapg as m
+
+    weights = torch.randint(-100, 100, (1, sum(math.prod(shape) for shape in m.PEER.values())))
+    m.write_population(PEERS, weights.short().repeat(len(m.KEPT), 1), torch.zeros(500))
+    yield
+    os.unlink(PEERS)
 
 
 def flags(**kw):
@@ -68,6 +92,7 @@ def flags(**kw):
 
 
 def launch(name, *args, cwd=ROOT, **kw):
+    name = name.split()[0]
     script = Path(cwd) / f"{name}.py"  # the copy in cwd if there is one
     command = [sys.executable, str(script if script.exists() else ROOT / f"{name}.py"), *args]
     return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
@@ -81,7 +106,7 @@ def run(name, *args, **kw):
 
 def weights(name, folder, iterations=3, without=("rng",), **kw):
     """All tensors that a run of so many iterations leaves in its checkpoint, without some entries."""
-    module = importlib.import_module(name)
+    module = importlib.import_module(name.split()[0])
     args = TINY[name] | dict(total_steps=iterations * ITERATION[name], run_dir=str(folder)) | kw
     module.train(module.Args(**args))
     return tensors(folder, without)
@@ -109,13 +134,13 @@ def rows(folder):
         return [(int(r["step"]), r["tag"], float(r["value"])) for r in csv.DictReader(file)]
 
 
-@each_script
+@each_world
 def test_same_seed_same_weights_other_seed_others(name, tmp_path):
     one, two, other = (weights(name, tmp_path / d, seed=s) for d, s in (("a", 1), ("b", 1), ("c", 2)))
     assert same(one, two) and not same(one, other)
 
 
-@each_script
+@each_world
 def test_evaluation_leaves_training_alone(name, tmp_path):
     never = weights(name, tmp_path / "never", without=("rng", "best"), eval_every=0)
     often = weights(name, tmp_path / "often", without=("rng", "best"), eval_every=1)
@@ -123,7 +148,7 @@ def test_evaluation_leaves_training_alone(name, tmp_path):
     assert torch.equal(*(stored(tmp_path / d)["rng"]["torch"] for d in ("never", "often")))
 
 
-@each_script
+@each_world
 def test_resume_is_bit_exact(name, tmp_path):
     without = ("rng", "best")  # a run that ends also validates, and may so find a better "best"
     whole = weights(name, tmp_path / "whole", 4, without)
@@ -169,7 +194,7 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.02)
 
 
-@each_script
+@each_world
 def test_kill_9_then_resume_gives_the_same_weights(name, tmp_path):
     whole, steps = weights(name, tmp_path / "whole", iterations=40), 40 * ITERATION[name]
     process = launch(name, *flags(**TINY[name], total_steps=steps, run_dir=tmp_path / "killed"))
@@ -183,7 +208,7 @@ def test_kill_9_then_resume_gives_the_same_weights(name, tmp_path):
     assert same(whole, tensors(tmp_path / "killed"))
 
 
-@each_script
+@each_world
 def test_ctrl_c_saves_first(name, tmp_path):
     process = launch(name, *flags(**TINY[name], total_steps=10**6 * ITERATION[name], run_dir=tmp_path / "r"))
     wait_for(tmp_path / "r" / "checkpoint.pt", process)
@@ -194,7 +219,7 @@ def test_ctrl_c_saves_first(name, tmp_path):
     assert stored(tmp_path / "r")["global_step"] == last  # nothing that was logged is lost
 
 
-@each_script
+@each_world
 def test_evaluate_prints_the_same_table_twice(name, tmp_path):
     weights(name, tmp_path)
     final = (tmp_path / "eval.json").read_text()
@@ -240,12 +265,13 @@ def test_bad_input_is_one_line_and_exit_code_2(name, line, tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("name", [n for n in SCRIPTS if "torchrun" in (ROOT / f"{n}.py").read_text()])
+@pytest.mark.parametrize("name", [n for n in TINY if n.split()[0] in SCRIPTS
+                                  and "torchrun" in (ROOT / f"{n.split()[0]}.py").read_text()])
 def test_two_processes_give_the_result_of_one(name, tmp_path):
     one = weights(name, tmp_path / "one")
     args = flags(**TINY[name], total_steps=3 * ITERATION[name], run_dir=tmp_path / "two")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, f"{name}.py", *args]
+    command = [*launcher, f"{name.split()[0]}.py", *args]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = tensors(tmp_path / "two")
