@@ -52,12 +52,11 @@ TESP: an encoder learns what a task is from its best episodes; one policy, share
              python tesp.py --env wheeled --inner-steps 0
              torchrun --nproc-per-node 2 tesp.py --env wheeled         # tasks shared out: the same result
              python tesp.py --evaluate runs/x/checkpoint.pt --capture-video --eval-noise 0.1
-  Expect     wheeled, three seeds, after 40 iterations, on held-out goals (D'): -170 in the warm-up, then -158,
-             -107, -60, -30 after 0 .. 3 updates; with --no-learn-alpha -79, --buffer last -38, all -43,
-             --inner-steps 0 -88. nav2d, three seeds, D': -18 in the warm-up and -6.5 after three updates, 10 s
-             on one core.
-             torchrun: the same weights to rounding (1e-7 in two iterations of nav2d, also as two hosts). Wheels on the ground
-             are chaotic, though, and rounding grows: there returns part within a phase of 200 steps.
+  Expect     wheeled, three seeds, after 40 iterations, on held-out goals (D'): -170 in the warm-up, then
+             -158, -107, -60, -30 after 0 .. 3 updates; with --no-learn-alpha -79, --buffer last -38, all -43,
+             --inner-steps 0 -88. nav2d, three seeds, D': -18 in the warm-up, -6.5 after three updates; 10 s.
+             torchrun: the same weights to rounding (1e-7 in two iterations of nav2d, also as two hosts).
+             Wheels on the ground are chaotic, and rounding grows: there returns part within 200 steps.
   Licence    MIT. Please cite the paper above for the method.
 """
 
