@@ -498,6 +498,12 @@ def kill(pool, learners, how=signal.SIGKILL):
         os.kill(pool.process[j].pid, how)
 
 
+def wake(pool, learners):
+    for j in learners:
+        with contextlib.suppress(ProcessLookupError):  # the run may be over, and its learners closed
+            kill(pool, [j], signal.SIGCONT)
+
+
 @pytest.fixture(scope="module")
 def undisturbed():
     return trajectory(updates=12, num_agents=8)
@@ -577,7 +583,7 @@ def test_learners_that_are_still_at_their_last_job_are_not_gone(undisturbed):
             kill(pool, range(8, 13), signal.SIGSTOP)  # late from now on
         if t == 3:
             kill(pool, [2])  # agent 2 now is with the late ones alone
-            threading.Timer(0.5, kill, (pool, range(8, 13), signal.SIGCONT)).start()
+            threading.Timer(0.5, wake, (pool, range(8, 13))).start()
 
     kw = LOCAL | dict(agent_seconds=0.02, on_undecodable="stop")
     assert same(undisturbed, trajectory(local(during, "ldpc"), updates=12, **kw))
