@@ -39,7 +39,8 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
                   rho for ln sigma; its Huber loss is 0 below -10; its surrogate counts twice for two action
                   numbers; latents are drawn anew at every step, so that ratios do not begin at 1. We differ
                   in all of this; --as-coded restores it, for comparison.
-             [D3] Without --paper: smaller actors and critics, fewer epochs, larger steps.
+             [D3] Without --paper: smaller actors and critics, fewer epochs, larger steps. Of gather only a
+                  film was published: sizes are ours, and its agents share networks that begin with an eye.
              [D4] The paper's contexts, of ten episodes in a ring, are learned by heart: on new ones z tells
                   spread's task no better than chance. In quick runs of spread and hunting the encoder learns
                   alone at first, rings are larger and fed in every iteration, queries come from 1 to 32
@@ -181,7 +182,8 @@ class Args:
     priority: bool = False
     """draw contexts again in proportion to the weights of eq. (3), agent by agent"""
     share_params: Optional[bool] = None
-    """one network for all agents instead of one each; default: only in gather"""
+    """one network for all agents instead of one each, with convolutions before it where agents see pictures;
+    default: only in gather"""
     num_envs: Optional[int] = None
     """M, episodes of an iteration that train actors and critics"""
     context_envs: Optional[int] = None
@@ -314,6 +316,7 @@ def make_env(args, num_envs):
 # Layer norms carry no scale and shift of their own into the data: these are folded into the weights of the
 # linear layer that follows, which is the same function and spares two passes over the activations.
 HEADS, MIX = 4, 32  # heads of self-attention; the most episodes in a context of `few`
+PICTURE = (15, 15, 5)  # what an agent sees in gather
 WITH_CONTEXT = ("mg2l", "global-only", "pearl")
 CONTRASTIVE = ("mg2l", "global-only")
 
@@ -353,6 +356,23 @@ def make_mlp(G, sizes, head_gain):
     return p
 
 
+def make_eye(channels=(PICTURE[-1], 16, 32)):
+    """Two 3 x 3 convolutions, the same for all agents: the other networks' first layers, where they see
+    pictures."""
+    return {f"eye{l}": orthogonal((1, m, 9 * n), math.sqrt(2)) for l, (n, m) in
+            enumerate(zip(channels, channels[1:]))}
+
+
+def see(p, obs):
+    """Observations (n, R, O) as they are or, with an eye, pictures as (n, R, 288) numbers."""
+    if "eye0" not in p:
+        return obs
+    x = obs.reshape(-1, *PICTURE).movedim(-1, 1)
+    for w in p["eye0"], p["eye1"]:
+        x = F.conv2d(x, w.view(w.shape[1], -1, 3, 3), stride=2).relu()
+    return x.reshape(*obs.shape[:2], -1)
+
+
 def make_actor(G, inputs, hidden, actions, discrete):
     head = {} if discrete else {"log_std": torch.zeros(G, 1, actions)}
     return make_mlp(G, [inputs, hidden, hidden, actions], 0.01) | head
@@ -360,12 +380,12 @@ def make_actor(G, inputs, hidden, actions, discrete):
 
 def actor(p, obs, zi):
     """Means or logits (n, R, A) at observations (n, R, O) and latents (n or 1, R, C)."""
-    return mlp(p, torch.cat([obs, zi.expand(len(obs), -1, -1)], -1))
+    return mlp(p, torch.cat([see(p, obs), zi.expand(len(obs), -1, -1)], -1))
 
 
 def critic(p, obs, zc):
     """Normalised values (n, R) at all agents' observations (n, R, O) and latents (n or 1, R, C)."""
-    joint = obs.transpose(0, 1).flatten(1).expand(len(zc), -1, -1)  # (., R, n O), the same for all agents
+    joint = see(p, obs).transpose(0, 1).flatten(1).expand(len(zc), -1, -1)  # (., R, n O), the same for all
     value = mlp(p, torch.cat([joint, zc], -1))[..., 0]
     return value.expand(len(obs), -1)
 
@@ -467,7 +487,11 @@ def encode(p, context, args):
     actors reach what z is made of."""
     n, R, B, _ = context.shape
     tran, agg, glob = (under(p, name) for name in ("tran", "agg", "glob"))
-    e, *last = gelu_mlp(tran, context.flatten(1, 2))  # (n, R B, H), and what is still to be done to it
+    x = context.flatten(1, 2)
+    if "eye0" in tran:
+        O = math.prod(PICTURE)
+        x = torch.cat([see(tran, x[..., :O]), x[..., O:-O], see(tran, x[..., -O:])], -1)
+    e, *last = gelu_mlp(tran, x)  # (n, R B, H), and what is still to be done to it
     if args.method == "pearl":
         return product(linear(e, *last).unflatten(1, (R, B)))
     if args.as_coded:  # [D2] agents are pooled first; z^i is made of one transition, the i-th, of all agents
@@ -1343,12 +1367,16 @@ def build(args, env):
     if args.as_coded and args.context_size < n:
         fail(f"--as-coded reads the i-th transition for agent i: --context-size must be at least {n}")
     told = {"none": 0, "task-given": env.all_tasks().shape[1], "mate": 2 * MATE_LATENT}.get(args.method, C)
-    params = {"theta": make_actor(G, O + told, args.hidden, A, env.discrete),
-              "critic": make_mlp(G, [n * O + told, args.hidden, args.hidden, 1], 1.0), "encoder": {}}
+    eye = make_eye if args.share_params and getattr(env, "obs_shape", None) == PICTURE else dict
+    seen = see(eye(), torch.zeros(1, 1, O)).shape[-1]
+    params = {"theta": make_actor(G, seen + told, args.hidden, A, env.discrete) | eye(),
+              "critic": make_mlp(G, [n * seen + told, args.hidden, args.hidden, 1], 1.0) | eye(),
+              "encoder": {}}
     if args.method == "mate":
         params["encoder"] = make_mate(G, n, O, A)
     elif args.method in WITH_CONTEXT:
-        params["encoder"] = make_encoder(G, features, C, args)
+        params["encoder"] = make_encoder(G, 2 * seen + A + 1, C, args)
+        params["encoder"] |= {f"tran.{k}": w for k, w in eye().items()}
     params = {group: {k: x.to(args.device).requires_grad_() for k, x in p.items()}
               for group, p in params.items()}
     optimizers = {group: torch.optim.Adam([*params[group].values()], args.lr, eps=1e-5, fused=True)

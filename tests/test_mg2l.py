@@ -539,6 +539,59 @@ def test_share_params_has_one_network_and_learns_from_all_agents():
     assert torch.equal(m.mlp(params["theta"], x)[1:], m.mlp(params["theta"], x[1:]))
 
 
+def test_an_eye_is_two_convolutions_of_the_picture():
+    eye, obs = m.make_eye(), torch.randn(3, 2, 1125)
+    out = m.see(eye, obs)
+    assert out.shape == (3, 2, 288) and m.see({}, obs) is obs
+    conv = [torch.nn.Conv2d(c, d, 3, stride=2, bias=False) for c, d in ((5, 16), (16, 32))]
+    for l, c in enumerate(conv):
+        c.weight.data = eye[f"eye{l}"].view_as(c.weight)
+    picture = obs[1, 0].view(15, 15, 5)
+    close(out[1, 0], conv[1](conv[0](picture.permute(2, 0, 1)).relu()).relu().flatten())
+
+
+class Pictures:
+    """Two agents see the same picture: at first one dot, there or not there by the task, then noise."""
+
+    num_agents, obs_dims, obs_shape, action_dims, horizon = 2, (1125, 1125), (15, 15, 5), (3, 3), 4
+    discrete, device = True, "cpu"
+
+    def __init__(self, B):
+        self.num_envs = B
+
+    def reset(self, task=None):
+        x = torch.zeros(self.num_envs, 15, 15, 5)
+        x[:, 4, 4, 0] = task[:, 0]
+        return (x.flatten(1),) * 2
+
+    def step(self, action):
+        no = torch.zeros(self.num_envs, dtype=torch.bool)
+        obs = (torch.randn(self.num_envs, 1125),) * 2
+        return obs, torch.randn(self.num_envs, 2), no, no, {}
+
+    def all_tasks(self, split="train"):
+        return torch.eye(2)
+
+    def sample_tasks(self, n, split="train"):
+        return torch.eye(2)[torch.randint(2, (n,))]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_network_learns_through_an_eye_where_agents_share_it(monkeypatch, shared):
+    monkeypatch.setattr(m, "make_env", lambda args, n: Pictures(n))
+    args, env, params, optimizers, norm, ring = made(horizon=4, share_params=shared)
+    before = {(g, k): v.detach().clone() for g, p in params.items() for k, v in p.items() if "eye" in k}
+    assert len(before) == (6 if shared else 0)
+    m.iterate(env, params, optimizers, norm, ring, env.all_tasks(), 5, args)
+    assert all(not torch.equal(v, params[g][k]) for (g, k), v in before.items())
+    o, rest, after = torch.randn(2, 5, 1125), torch.randn(2, 5, 4), torch.randn(2, 5, 1125)
+    if shared:  # E_tran reads both pictures and what is between them
+        p, x = params["encoder"], torch.cat([o, rest, after], -1)
+        seen = torch.cat([m.see(m.under(p, "tran"), o), rest, m.see(m.under(p, "tran"), after)], -1)
+        plain = {k: v for k, v in p.items() if "eye" not in k}
+        close(m.encode(p, x[:, :, None], args).mu_l, m.encode(plain, seen[:, :, None], args).mu_l)
+
+
 # ---------------------------------------------------------------- rollout and meta-test
 class Short:
     """Two agents; row r ends for good after step r + 1. Observations count the steps."""
