@@ -821,7 +821,7 @@ def capture(args, net, x, folder):
         picture = Image.fromarray(np.concatenate(pair, 1))
         for left, text in (10, "before"), (picture.width // 2 + 10, "after one inner step"):
             ImageDraw.Draw(picture).text((left, 10), text, "white", font_size=20)
-        pictures.append(picture.reduce(2).quantize(48, dither=Image.Dither.NONE))
+        pictures.append(picture.reduce(2).quantize(48, Image.Quantize.FASTOCTREE))
     pictures[0].save(folder / "before_after.gif", save_all=True, append_images=pictures[1:], duration=100,
                      loop=0)
     return folder / "before_after.gif"

@@ -1089,7 +1089,7 @@ def capture(args, params, folder):
         picture = Image.fromarray(np.concatenate(pair, 1))
         for left, text in (10, "phi_0"), (picture.width // 2 + 10, f"phi_{args.chain_length}"):
             ImageDraw.Draw(picture).text((left, 10), text, "white", font_size=20)
-        pictures.append(picture.reduce(2).quantize(48, dither=Image.Dither.NONE))
+        pictures.append(picture.reduce(2).quantize(48, Image.Quantize.FASTOCTREE))
     pictures[0].save(folder / "before_after.gif", save_all=True, append_images=pictures[1:], duration=100,
                      loop=0)
     return folder / "before_after.gif"

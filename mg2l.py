@@ -1135,12 +1135,12 @@ def capture(args, params, folder):
     from matplotlib import pyplot as plt
     from PIL import Image
 
-    written, frames, split = [], {}, splits_of(args)[-1]
+    written, pictures, frames, split = [], [], {}, splits_of(args)[-1]
     try:
         test = meta_test(args, params, split, frames)
-        strips = [np.concatenate([np.concatenate(pair, 1) for pair in (a, b)], 0)
-                  for a, b in zip(frames["0"], frames.get("mean", frames["0"]))][::2]
-        pictures = [Image.fromarray(s).quantize(48, dither=Image.Dither.NONE) for s in strips]
+        for rows in list(zip(frames["0"], frames.get("mean", frames["0"])))[::2]:
+            tiles = [np.concatenate([np.pad(f, ((2, 2), (2, 2), (0, 0))) for f in row], 1) for row in rows]
+            pictures.append(Image.fromarray(np.concatenate(tiles)).quantize(48, Image.Quantize.FASTOCTREE))
         pictures[0].save(folder / "play.gif", save_all=True, append_images=pictures[1:], duration=100, loop=0)
         written.append(f"{folder / 'play.gif'}")
     except (AttributeError, RuntimeError) as e:  # no render(), or no renderer

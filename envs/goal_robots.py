@@ -48,10 +48,10 @@ def model_text(option, default, body, joints, speed):
   <compiler angle="radian" autolimits="false"/>
   <option timestep="0.01" {option}/>
   <default>{default}<velocity ctrllimited="true"/></default>
-  <visual><headlight ambient="0.5 0.5 0.5"/></visual>
+  <visual><headlight ambient="0.5 0.5 0.5" specular="0 0 0"/></visual>
   <worldbody>
     <camera name="track" pos="0 0 4.2"/>
-    <site name="goal" type="sphere" size="0.04" rgba="0 0.6 0 1"/>
+    <site name="goal" type="sphere" pos="0 0 0.1" size="0.06" rgba="0 0.6 0 1"/>
     {body}
   </worldbody>
   <actuator>{servos}</actuator>

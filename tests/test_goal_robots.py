@@ -266,3 +266,15 @@ def test_the_same_bits_for_any_number_of_threads():
             env.step(torch.randn(6, 8, generator=draw))
         results.append(env.state)
     assert np.array_equal(*results)
+
+
+def test_render_shows_the_goal_of_its_row():
+    env = make("wheeled", 2)
+    env.reset(torch.tensor([[0.8, -0.5], [0.0, 1.0]]))
+    try:
+        frame = env.render(1).astype(int)
+    except RuntimeError as e:
+        pytest.skip(str(e))
+    close(env.screen.data.site_xpos[0, :2], [0.0, 1.0])
+    y, x = np.nonzero(frame[..., 1] > frame[..., [0, 2]].max(-1) + 30)  # green
+    assert len(y) and abs(x.mean() - 160) < 5 and y.mean() < 90
