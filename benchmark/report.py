@@ -71,6 +71,7 @@ def read_results():
                 speeds[path.stem] = read_table(path)
             else:
                 script, result = read_result(path)
+                script = "tesp" if "family" in result.flags else script  # its baseline in maml_rl.py
                 results.setdefault(script, []).append(result)
         except (KeyError, ValueError, StopIteration) as e:
             raise SystemExit(f"plot.py: {path} cannot be read ({type(e).__name__} {e})") from None

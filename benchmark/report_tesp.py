@@ -1,6 +1,7 @@
 """
 TESP: return before and after the fast updates on goals trained on, held out and farther away, its variants,
-and the paper's readings of the ant. Used by plot.py.
+the paper's readings of the ant, and its baselines, maml_rl.py --family fo-ppo, beside it at equal numbers of
+episodes. Used by plot.py.
 """
 
 import matplotlib.pyplot as plt
@@ -9,11 +10,14 @@ from report import below, facts, markdown, minutes, other_flags, over_seeds, slu
 # The supplement's figure of the ant without noise, read off: iterations -> after 3 updates on D, D', D''
 PAPER = {"small_ant": {100: (-29, -31, -82), 200: (-16.5, -18, -55), 600: (-13, -14.5, -42)}}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#7F7F00", "#999999")
-RUN = ("env", "num-threads", "eval-every", "total-steps")
+BASELINES = {"maml": "MAML", "meta-sgd": "Meta-SGD", "maesn": "MAESN"}
+RUN = ("env", "paper", "num-threads", "eval-every", "save-every", "total-steps")
 
 
 # ---------------------------------------------------------------- results
 def variant(result):
+    if "family" in result.flags:
+        return BASELINES[result.flags.get("method", "maml")]
     return other_flags(result, RUN).replace("--", "") or "as specified"
 
 
@@ -27,17 +31,26 @@ def in_order(results):
 
 
 def names(result, split="test"):
-    """The phases that an evaluation has: warmup, 0, 1, ..."""
+    """The phases that an evaluation has: warmup, 0, 1, ... In each one more batch of episodes has been seen:
+    by TESP's encoder, or, as they have no warm-up, by as many updates of a baseline."""
     run = next(iter(result.final.values()))
-    return [n for n in ("warmup", *map(str, range(10))) if f"eval/{split}/return_{n}" in run]
+    return [n for n in ("warmup", *map(str, range(10))) if tag(result, n, split) in run]
 
 
-def number(result, tag):
+def tag(result, name, split="test"):
+    return f"eval/return_{name}" if "family" in result.flags else f"eval/{split}/return_{name}"
+
+
+def is_tesp(result):
+    return "family" not in result.flags
+
+
+def number(result, key):
     runs = [*result.final.values()]
-    if tag not in runs[0]:
+    if key not in runs[0]:
         return None
-    mean, half = over_seeds([run[tag] for run in runs])
-    return mean, runs[0].get(f"{tag}_ci95", 0) if half is None else half
+    mean, half = over_seeds([run[key] for run in runs])
+    return mean, runs[0].get(f"{key}_ci95", 0) if half is None else half
 
 
 def text(pair):
@@ -47,14 +60,28 @@ def text(pair):
 # ---------------------------------------------------------------- tables
 def table(results):
     rows = []
-    for r in in_order(results):
+    for r in filter(is_tesp, in_order(results)):
         train, test2 = (text(number(r, f"eval/{s}/return_{names(r)[-1]}")) for s in ("train", "test2"))
         steps = next(iter(r.final.values()))["global_step"]
-        rows.append([world(r), variant(r).replace("paper ", ""),
+        rows.append([world(r), variant(r),
                      *(text(number(r, f"eval/test/return_{n}")) for n in ("warmup", "0", "1", "2", "3")),
                      train, test2, len(r.final), f"{steps / 1e6:.1f}", minutes(r)])
     head = ["world", "variant", "D': warm-up", "0 updates", "1", "2", "3", "D, last", "D'', last", "seeds",
             "million steps", "minutes"]
+    return markdown(head, rows)
+
+
+def equal_episodes(results):
+    """TESP and its baselines on held-out goals, by the episodes of a goal that have been seen before."""
+    rows, group = [], [r for r in in_order(results) if not is_tesp(r)]
+    worlds = {world(r) for r in group}
+    for r in in_order(results):
+        if world(r) in worlds and (r in group or variant(r) == "as specified"):
+            numbers = [text(number(r, tag(r, n))) for n in names(r)]
+            steps = next(iter(r.final.values()))["global_step"]
+            rows.append([world(r), "TESP" if is_tesp(r) else variant(r), *numbers, *[""] * (5 - len(numbers)),
+                         len(r.final), f"{steps / 1e6:.1f}", minutes(r)])
+    head = ["world", "method", *(f"{20 * k} episodes" for k in range(5)), "seeds", "million steps", "minutes"]
     return markdown(head, rows)
 
 
@@ -65,12 +92,13 @@ def details(results):
 
 # ---------------------------------------------------------------- figures
 def phases(ax, results):
-    """Return in the warm-up and after 0, 1, ... updates on held-out goals."""
+    """Return on held-out goals by what has been seen of them."""
     for color, r in zip(COLORS, results):
-        points = [number(r, f"eval/test/return_{n}") for n in names(r)]
-        ax.errorbar(range(-1, len(points) - 1), *zip(*points), color=color, lw=1.8, capsize=2,
+        points = [number(r, tag(r, n)) for n in names(r)]
+        ax.errorbar(range(len(points)), *zip(*points), color=color, lw=1.8, capsize=2,
+                    ls="-" if is_tesp(r) else "--",
                     label=f"{variant(r)} ({len(r.final)} seed{'s' * (len(r.final) > 1)})")
-    ax.set(xticks=range(-1, 4), xticklabels=["warm-up", *"0123"], xlabel="fast updates",
+    ax.set(xticks=range(5), xlabel="batches of episodes seen before (TESP: one more than updates)",
            ylabel="return on held-out goals (D')")
 
 
@@ -78,11 +106,11 @@ def learning(ax, results):
     """Training tasks: the last phase, and thin the warm-up of the first result."""
     for k, (color, r) in enumerate(zip(COLORS, results)):
         last = max(t for t in r.curves if t.startswith("adapt/return_") and t != "adapt/return_warmup")
-        for tag, lw in ((last, 1.5), ("adapt/return_warmup", 0.6))[: 2 if k == 0 else 1]:
-            curves = [*r.curves[tag].values()]
+        for name, lw in ((last, 1.5), ("adapt/return_warmup", 0.6))[: 2 if k == 0 else 1]:
+            curves = [*r.curves[name].values()]
             columns = list(zip(*([y for _, y in curve] for curve in curves)))
             x = [step / 1e6 for step, _ in curves[0]][: len(columns)]
-            ax.plot(x, [sum(c) / len(c) for c in columns], color=color, lw=lw)
+            ax.plot(x, [sum(c) / len(c) for c in columns], color=color, lw=lw, ls="-" if is_tesp(r) else "--")
             if len(curves) > 1 and lw > 1:
                 ax.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=color,
                                 alpha=0.12, lw=0)
@@ -109,4 +137,4 @@ def figures(results):
     return out
 
 
-TABLES = {"tesp": table, "tesp-details": details}
+TABLES = {"tesp": table, "tesp-equal": equal_episodes, "tesp-details": details}
