@@ -98,7 +98,7 @@ def phases(ax, results):
         ax.errorbar(range(len(points)), *zip(*points), color=color, lw=1.8, capsize=2,
                     ls="-" if is_tesp(r) else "--",
                     label=f"{variant(r)} ({len(r.final)} seed{'s' * (len(r.final) > 1)})")
-    ax.set(xticks=range(5), xlabel="batches of episodes seen before (TESP: one more than updates)",
+    ax.set(xticks=range(5), xlabel="batches of episodes seen before (TESP: updates + 1)",
            ylabel="return on held-out goals (D')")
 
 
@@ -126,9 +126,10 @@ def figures(results):
         fig, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.6))
         learning(left, group)
         phases(right, group)
-        for updates, readings in PAPER.get(name, {}).items():
+        for k, (updates, readings) in enumerate(PAPER.get(name, {}).items()):  # side by side: some are close
             left.axhline(readings[1], color="k", ls=":", lw=0.8)
-            left.annotate(f"paper, D', {updates} iterations", (left.get_xlim()[0], readings[1]), fontsize=7)
+            left.text(0.02 + 0.33 * k, readings[1], f"paper, D', {updates} iterations", fontsize=7,
+                      transform=left.get_yaxis_transform(), va=("bottom", "top")[k % 2])
         for ax in (left, right):
             ax.grid(color="0.9", lw=0.6)
         fig.suptitle(name)
