@@ -89,7 +89,7 @@ def details(results):
 # ---------------------------------------------------------------- figures
 def learning(ax, result, tag):
     """A curve, its mean over the seeds, with the lowest and highest."""
-    runs = [*result.curves.get(tag, {}).values()]
+    runs = [points[:: 1 + len(points) // 30] for points in result.curves.get(tag, {}).values()]
     columns = [[value for _, value in points] for points in zip(*runs)]
     x = [points[0][0] / 1e6 for points in zip(*runs)]
     ax.plot(x, [sum(c) / len(c) for c in columns], color=STYLE[method(result)], lw=1.5)
