@@ -54,9 +54,9 @@ TESP: an encoder learns what a task is from its best episodes; one policy, share
              python tesp.py --evaluate runs/x/checkpoint.pt --capture-video --eval-noise 0.1
   Expect     wheeled, three seeds, after 40 iterations, on held-out goals (D'): -170 in the warm-up, then
              -158, -107, -60, -30 after 0 .. 3 updates; with --no-learn-alpha -79, --buffer last -38, all -43,
-             --inner-steps 0 -88; Meta-SGD in maml_rl.py, equal steps and episodes, -29. --paper, 50 iterations,
-             an hour of one core: -217 before, -23 after three updates. small_ant, 19 iterations, an hour: -152
-             and -105. nav2d, three seeds, D': -18 in the warm-up, -6.5 after three updates; 10 s.
+             --inner-steps 0 -88; Meta-SGD in maml_rl.py, equal steps and episodes, -29. --paper, an hour of
+             one core, 50 iterations: -217 before, -23 after three updates. small_ant, an hour, 19 iterations:
+             -152 and -105. nav2d, three seeds: -18 in the warm-up, -6.5 after three updates; 10 s.
              torchrun: the same weights to rounding (1e-7 in two iterations of nav2d, also as two hosts).
              Wheels on the ground are chaotic, and rounding grows: there returns part within 200 steps.
   Licence    MIT. Please cite the paper above for the method.

@@ -119,7 +119,8 @@ def figure(name, results):
     for label, value in REFERENCES.get(name, {}).items():
         for ax in (left, right):
             ax.axhline(value, color="0.5", ls=":", lw=0.8)
-        right.annotate(label, (right.get_xlim()[0], value), fontsize=7, va="bottom")
+        lowest = value == min(REFERENCES[name].values())
+        right.annotate(label, (right.get_xlim()[0], value), fontsize=7, va="top" if lowest else "bottom")
     left.set(xlabel="environment steps, millions", ylabel="return in training")
     middle.set(xlabel="environment steps, millions", ylim=(0, 1),
                ylabel="share of new trials whose task z^i tells")
