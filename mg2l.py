@@ -73,7 +73,7 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
              0.95, 0.97 (chance 0.33) and z in 0.99; after a single episode z^i tells 0.60 to 0.67. 190 s of
              one core. Means of three seeds: -96; task-given -70, global-only -83, joint -122, pearl -136,
              none -141, as coded -147, its z^i at chance. hunting: 118 (random -43, by hand 238); task-given
-             164, global-only 110, pearl 104, none 76, joint 28, as coded -30.
+             164, global-only 110, pearl 104, none 76, joint 28, as coded 9.
   Licence    MIT. Please cite the paper above for the method.
 """
 
