@@ -97,7 +97,7 @@ def phases(ax, results):
         points = [number(r, tag(r, n)) for n in names(r)]
         ax.errorbar(range(len(points)), *zip(*points), color=color, lw=1.8, capsize=2,
                     ls="-" if is_tesp(r) else "--",
-                    label=f"{variant(r)} ({len(r.final)} seed{'s' * (len(r.final) > 1)})")
+                    label=f"{'TESP, ' * is_tesp(r)}{variant(r)} ({len(r.final)} seed{'s' * (len(r.final) > 1)})")
     ax.set(xticks=range(5), xlabel="batches of episodes seen before (TESP: updates + 1)",
            ylabel="return on held-out goals (D')")
 
