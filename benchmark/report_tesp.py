@@ -94,10 +94,10 @@ def details(results):
 def phases(ax, results):
     """Return on held-out goals by what has been seen of them."""
     for color, r in zip(COLORS, results):
-        points = [number(r, tag(r, n)) for n in names(r)]
+        points, many = [number(r, tag(r, n)) for n in names(r)], "s" * (len(r.final) > 1)
         ax.errorbar(range(len(points)), *zip(*points), color=color, lw=1.8, capsize=2,
                     ls="-" if is_tesp(r) else "--",
-                    label=f"{'TESP, ' * is_tesp(r)}{variant(r)} ({len(r.final)} seed{'s' * (len(r.final) > 1)})")
+                    label=f"{'TESP, ' * is_tesp(r)}{variant(r)} ({len(r.final)} seed{many})")
     ax.set(xticks=range(5), xlabel="batches of episodes seen before (TESP: updates + 1)",
            ylabel="return on held-out goals (D')")
 
