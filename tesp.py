@@ -30,8 +30,9 @@ TESP: an encoder learns what a task is from its best episodes; one policy, share
              d numbers in z, F = O + 2A + 1: observation, mean and log std that acted, reward.
   Methods    --adapt-policy: psi takes the fast updates too. --inner-steps 0: the embedding alone.
              --no-learn-alpha: step sizes stay. --buffer best | last | all. Baselines: maml_rl.py, fo-ppo.
-  Departures [D1] Each row plays one episode and is masked after its end. The authors' sampler restarts rows
-                  until 5,000 steps of finished episodes are in, which favours short, good episodes.
+  Departures [D1] Each row plays one episode and is masked after its end. The authors' sampler (--restart)
+                  starts rows anew until 5,000 steps of finished episodes are in, which favours short, good
+                  episodes and takes two to three times as long.
              [D2] Everything of all tasks is one batch in one process, or shared out by torchrun; the authors
                   run 20 Ray workers, one a task, which send whole gradients and weights at every step.
              [D3] wheeled by default is small (10 tasks, 20 episodes, 64 and 32 units, Adam 0.001), to learn
@@ -183,6 +184,8 @@ class Args:
     """largest mean KL in nats of an iterate that may be kept, eq. (12)"""
     outer_lr: Optional[float] = None
     """Adam's step size, eq. (12)"""
+    restart: bool = False
+    """train on what the authors' sampler would have played; --total-steps then counts what is kept [D1]"""
     eval_tasks: int = 20
     """goals of each set in an evaluation, the same in all of them; the sets have 100"""
     eval_noise: float = 0.0
@@ -215,6 +218,9 @@ def resolve(args):
     for name in ("inner_steps", "eval_noise", "latent_coef"):
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+    if args.restart and (args.buffer != "best" or args.buffer_size > args.num_episodes):
+        fail("--restart gives tasks different numbers of episodes: it takes --buffer best, and no larger a "
+             f"--buffer-size than the {args.num_episodes} of --num-episodes")
     if args.num_tasks % WORLD:
         fail(f"--num-tasks {args.num_tasks} does not divide among {WORLD} processes")
     return args
@@ -444,6 +450,28 @@ def rollout(env, p, z, goals, noise, obs_noise=None, frames=None):
     return Play(*(torch.stack(x, 1) for x in zip(*steps)), arrived)
 
 
+def restarted(plays, size):
+    """[D1] Of the rows' first, second, ... episodes (Plays), those that a sampler keeps that starts rows anew
+    and stops when `size` steps of finished episodes are in: a Play (M, H, rounds E) where all others have
+    mask 0, or None if some row would have played on by then."""
+    play, R = Play(*(torch.cat(x, min(2, x[0].dim() - 1)) for x in zip(*plays))), len(plays)
+    length = play.mask.sum(1)  # (M, R E)
+    end = length.unflatten(1, (R, -1)).cumsum(1).flatten(1)  # when an episode is over
+    order = end.argsort(dim=1, stable=True)
+    before = length.gather(1, order).cumsum(1) - length.gather(1, order)  # steps that are in by then
+    kept = torch.zeros_like(length).scatter(1, order, (before < size).float())
+    late = (end * kept).amax(1, keepdim=True) > end.unflatten(1, (R, -1))[:, -1]
+    if late.any() or (length.sum(1) < size).any():
+        return None
+    return play._replace(reward=play.reward * kept[:, None], mask=play.mask * kept[:, None],
+                         arrived=play.arrived * kept)
+
+
+def episode_mean(x, play):
+    """Mean of (M, E) over the episodes that count -> (M,)."""
+    return (x * play.mask[:, 0]).sum(1) / play.mask[:, 0].sum(1)
+
+
 # ================================================================ 4. Objectives
 # Pure functions of tensors, for each task. While time matters they are (M, H, E), time in dimension 1; then
 # only the valid steps are kept, as rows (M, R), and `weight` is that of each in its task's mean.
@@ -556,7 +584,8 @@ def process(play, args):
 def episodes(play):
     """Play -> Episodes, one of each row."""
     x = torch.cat([play.obs, play.mean, play.log_std, play.reward[..., None]], -1) * play.mask[..., None]
-    return Episodes(x.transpose(1, 2), play.mask.sum(1).long(), play.reward.sum(1))
+    ret = play.reward.sum(1).masked_fill(play.mask[:, 0] == 0, -math.inf)  # was not kept: never the best
+    return Episodes(x.transpose(1, 2), play.mask.sum(1).long(), ret)
 
 
 def keep(old, new, kind, size):
@@ -681,8 +710,13 @@ def meta_update(env, net, x, optimizer, iteration, args):
     shape = (args.horizon, args.num_episodes, env.action_dims[0])
 
     def play(phase, p, z):
-        noise = keyed_noise((args.seed, 0, iteration), mine, phase, *shape)
-        return rollout(env, p, z, goals, noise)
+        rounds, played = [], None
+        while played is None:
+            key = phase + len(rounds) * (args.inner_steps + 2)
+            noise = keyed_noise((args.seed, 0, iteration), mine, key, *shape)
+            rounds.append(rollout(env, p, z, goals, noise))
+            played = restarted(rounds, args.num_episodes * args.horizon) if args.restart else rounds[0]
+        return played
 
     out = adapt(net, x, M, play, args)
     best, best_loss, kept, logs = x.clone(), math.inf, 0, {}
@@ -699,10 +733,11 @@ def meta_update(env, net, x, optimizer, iteration, args):
             optimizer.step()
     x.copy_(best)  # Adam's moments are not taken back
     logs = {"losses/outer": best_loss} | logs  # not finite if no iterate was
-    returns = gather(torch.stack([play.reward.sum(1).mean(1) for play in out.plays], 1)).mean(0)
-    last = out.plays[-1]
-    numbers = torch.stack([out.g.norm(dim=1).mean(), last.log_std.mean(), last.arrived.mean(),
-                           last.mask.sum(1).mean()])
+    returns = [episode_mean(play.reward.sum(1), play) for play in out.plays]
+    returns, last = gather(torch.stack(returns, 1)).mean(0), out.plays[-1]
+    numbers = torch.stack([out.g.norm(dim=1).mean(), last.log_std.mean(),
+                           episode_mean(last.arrived, last).mean(),
+                           episode_mean(last.mask.sum(1), last).mean()])
     tags = ("grad/norm_inner", "charts/log_std", "charts/arrived", "charts/episode_length")
     logs |= dict(zip(tags, mean_over_processes(numbers)))
     return logs | {"losses/iterate": kept, "adapt/alpha": net.split(x)[1].abs().mean()}, returns

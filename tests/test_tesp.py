@@ -541,3 +541,54 @@ def test_table_and_summary():
     assert flat["eval/test/return_warmup"] == -4 and flat["eval/test/return_2"] == -0.5
     close(flat["eval/test/return_warmup_ci95"], 1.96 * math.sqrt(2) / math.sqrt(2))
     assert "warm-up" in tesp.table(results, args) and "D', held out" in tesp.table(results, args)
+
+
+# ---------------------------------------------------------------- the authors' sampler
+def sampler(lengths, size):
+    """{(row, round)} that are kept: a plain clock. lengths[e]: those of row e's episodes, in turn."""
+    kept, total, clock = set(), 0, [(lengths[e][0], e, 0) for e in range(len(lengths))]
+    while total < size:
+        end, e, r = min(clock, key=lambda x: (x[0], x[2], x[1]))
+        kept.add((e, r))
+        total += lengths[e][r]
+        clock[e] = (end + lengths[e][r + 1], e, r + 1)
+    return kept
+
+
+def test_restarted_keeps_what_a_clock_keeps():
+    torch.manual_seed(0)
+    M, H, E = 3, 10, 4
+    for _ in range(30):
+        plays = []
+        while True:
+            length = torch.randint(1, H + 1, (M, E)) if len(plays) else torch.full((M, E), 7)
+            mask = (torch.arange(H)[:, None] < length[:, None]).float()
+            x = torch.randn(M, H, E, 2)  # first all end at once, then as it comes
+            plays.append(Play(x, x, x, x, torch.randn(M, H, E) * mask, mask, torch.ones(M, E)))
+            out = tesp.restarted(plays, H * E)
+            if out is not None:
+                break
+        assert len(plays) > 1
+        kept = out.mask[:, 0].unflatten(1, (len(plays), E))
+        length = torch.stack([p.mask.sum(1) for p in plays], 1)  # (M, R, E)
+        for i in range(M):
+            lengths = [[*map(int, length[i, :, e]), 10**9] for e in range(E)]
+            assert {(e, r) for r, e in kept[i].nonzero().tolist()} == sampler(lengths, H * E)
+        assert (out.mask.sum((1, 2)) >= H * E).all() and torch.equal(out.reward * out.mask, out.reward)
+        close(tesp.episode_mean(out.reward.sum(1), out), out.reward.sum((1, 2)) / kept.sum((1, 2)))
+        best = tesp.keep(None, tesp.episodes(out), "best", 3)
+        assert best.length.min() >= 1 and best.ret.isfinite().all()
+
+
+def test_restart_changes_nothing_where_no_episode_ends_early():
+    def trained(**kw):
+        args = small(**kw)
+        torch.manual_seed(0)
+        env = tesp.make_env(args, args.num_tasks * args.num_episodes)
+        net, x, optimizer = tesp.build(args, env)
+        tesp.meta_update(env, net, x, optimizer, 0, args)
+        return x.detach()
+
+    assert torch.equal(trained(), trained(restart=True))
+    with pytest.raises(SystemExit):
+        small(restart=True, buffer="all")
