@@ -32,7 +32,7 @@ TESP: an encoder learns what a task is from its best episodes; one policy, share
              --no-learn-alpha: step sizes stay. --buffer best | last | all. Baselines: maml_rl.py, fo-ppo.
   Departures [D1] Each row plays one episode and is masked after its end. The authors' sampler (--restart)
                   starts rows anew until 5,000 steps of finished episodes are in, which favours short, good
-                  episodes and takes two to three times as long.
+                  episodes and takes twice as long once robots arrive.
              [D2] Everything of all tasks is one batch in one process, or shared out by torchrun; the authors
                   run 20 Ray workers, one a task, which send whole gradients and weights at every step.
              [D3] wheeled by default is small (10 tasks, 20 episodes, 64 and 32 units, Adam 0.001), to learn

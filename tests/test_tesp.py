@@ -559,21 +559,18 @@ def test_restarted_keeps_what_a_clock_keeps():
     torch.manual_seed(0)
     M, H, E = 3, 10, 4
     for _ in range(30):
-        plays = []
-        while True:
-            length = torch.randint(1, H + 1, (M, E)) if len(plays) else torch.full((M, E), 7)
-            mask = (torch.arange(H)[:, None] < length[:, None]).float()
-            x = torch.randn(M, H, E, 2)  # first all end at once, then as it comes
+        lengths = torch.randint(1, H + 1, (M, 60, E))  # of the rows' first, second, ... episodes
+        lengths[:, 0] = 7  # at first all end at once
+        plays, out = [], None
+        while out is None:
+            mask = (torch.arange(H)[:, None] < lengths[:, len(plays), None]).float()
+            x = torch.randn(M, H, E, 2)
             plays.append(Play(x, x, x, x, torch.randn(M, H, E) * mask, mask, torch.ones(M, E)))
             out = tesp.restarted(plays, H * E)
-            if out is not None:
-                break
-        assert len(plays) > 1
         kept = out.mask[:, 0].unflatten(1, (len(plays), E))
-        length = torch.stack([p.mask.sum(1) for p in plays], 1)  # (M, R, E)
         for i in range(M):
-            lengths = [[*map(int, length[i, :, e]), 10**9] for e in range(E)]
-            assert {(e, r) for r, e in kept[i].nonzero().tolist()} == sampler(lengths, H * E)
+            rows = lengths[i].T.tolist()
+            assert {(e, r) for r, e in kept[i].nonzero().tolist()} == sampler(rows, H * E)
         assert (out.mask.sum((1, 2)) >= H * E).all() and torch.equal(out.reward * out.mask, out.reward)
         close(tesp.episode_mean(out.reward.sum(1), out), out.reward.sum((1, 2)) / kept.sum((1, 2)))
         best = tesp.keep(None, tesp.episodes(out), "best", 3)
