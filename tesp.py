@@ -434,7 +434,7 @@ def rollout(env, p, z, goals, noise, obs_noise=None, frames=None):
     M, _, E, _ = noise.shape
     obs, steps = env.reset(goals.repeat_interleave(E, 0)), []
     noise = noise.to(z.device).unbind(1)
-    alive, arrived = torch.ones(2, M, E, device=z.device)
+    alive = torch.ones(M, E, device=z.device)
     for t in range(env.horizon):
         x = obs.view(M, E, -1)
         if obs_noise is not None:
