@@ -133,7 +133,9 @@ TEAM = dict(hidden=64, latent_dim=16, ppo_epochs=8, lr=1e-3, encoder_lr=2e-3, en
 ROBOTS = dict(num_envs=16, horizon=200, ppo_epochs=5, minibatches=4, context_size=64, encoder_updates=10,
               ring_size=20, iterations=300)
 QUICK = {"spread": TEAM, "hunting": TEAM, "cheetah_dir": ROBOTS, "hopper_param": ROBOTS,
-         "rware": dict(iterations=300, ppo_epochs=5), "gather": dict(iterations=100)}
+         "rware": dict(hidden=128, share_params=True, ppo_epochs=5, minibatches=4, encoder_updates=10,
+                       iterations=1400),
+         "gather": dict(iterations=100)}
 for presets in PAPER, QUICK:
     presets |= {"spread_large": presets["spread"], "hunting_large": presets["hunting"]}
 
@@ -184,7 +186,7 @@ class Args:
     """draw contexts again in proportion to the weights of eq. (3), agent by agent"""
     share_params: Optional[bool] = None
     """one network for all agents instead of one each, with convolutions before it where agents see pictures;
-    default: only in gather"""
+    default: in gather, and in a quick rware"""
     num_envs: Optional[int] = None
     """M, episodes of an iteration that train actors and critics"""
     context_envs: Optional[int] = None
