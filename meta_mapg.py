@@ -103,7 +103,7 @@ PAPER = {  # what an argument left at None becomes: the paper's value for the ga
                 save_every=5),
     "half_cheetah_dir": dict(horizon=200, gamma=0.95, chain_length=2, inner_lr=0.005, peer_lr=0.005,
                              outer_lr=1e-3, critic_lr=1e-3,  # [D7]
-                             ent_coef=0.0, num_chains=2, num_threads=1, total_steps=25_000_000,
+                             ent_coef=0.0, num_chains=1, num_threads=1, total_steps=15_000_000,
                              eval_every=100, save_every=5),
 }
 PAPER["rps3"] = PAPER["rps4"] = PAPER["rps"]
