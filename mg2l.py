@@ -1023,8 +1023,9 @@ class Test(NamedTuple):
 
 @torch.no_grad()
 def meta_test(args, params, split, frames=None):
-    """eq. (12): eval_episodes trials of each task of a split. frames: a dict that receives, for each kind of
-    episode, pictures of one trial of each of up to four tasks at every step."""
+    """eq. (12): eval_episodes trials of each task of a split. frames: a dict that receives pictures of the
+    first episode by the prior, "0", and of the one by the means of q^i, "mean": at every step, of one trial of
+    each of up to four tasks."""
     with torch.random.fork_rng():
         torch.manual_seed(args.seed + 10_000)
         every = make_env(args, 1).all_tasks(split)[: args.eval_tasks]
@@ -1034,7 +1035,9 @@ def meta_test(args, params, split, frames=None):
         plays, returns, accuracy, mu_l = [], {}, {}, None
 
         def play(name, latent, theta=params["theta"]):
-            pictures = frames.setdefault(name, []) if frames is not None else None
+            pictures = None
+            if frames is not None and name in ("0", "mean") and name not in frames:
+                pictures = frames[name] = []
             out = rollout(env, theta, tasks, latent, pictures, rows)
             returns.setdefault(name, []).append(out.reward.sum(1).mean(0).view(K, E))
             return out
@@ -1143,7 +1146,9 @@ def capture(args, params, folder):
         test = meta_test(args, params, split, frames)
         for rows in list(zip(frames["0"], frames.get("mean", frames["0"])))[::2]:
             tiles = [np.concatenate([np.pad(f, ((2, 2), (2, 2), (0, 0))) for f in row], 1) for row in rows]
-            pictures.append(Image.fromarray(np.concatenate(tiles)).quantize(48, Image.Quantize.FASTOCTREE))
+            picture = Image.fromarray(np.concatenate(tiles))
+            picture = picture.reduce(1 + picture.width // 800)
+            pictures.append(picture.quantize(48, Image.Quantize.FASTOCTREE))
         pictures[0].save(folder / "play.gif", save_all=True, append_images=pictures[1:], duration=100, loop=0)
         written.append(f"{folder / 'play.gif'}")
     except (AttributeError, RuntimeError) as e:  # no render(), or no renderer

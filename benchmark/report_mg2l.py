@@ -18,7 +18,7 @@ REFERENCES = {
     "spread_large": {"random": -528, "task-blind": -154, "oracle": -32},
     "hunting": {"random": -43.5, "after the wrong prey": -52, "oracle": 238},
     "hunting_large": {"random": -43.6, "after the wrong prey": -50, "oracle": 219}}
-TOLD = ("method", "local-loss", "as-coded", "paper", "total-steps")
+TOLD = ("method", "local-loss", "as-coded", "paper", "total-steps", "decay")
 
 
 # ---------------------------------------------------------------- results
