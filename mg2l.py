@@ -1027,7 +1027,7 @@ class Test(NamedTuple):
 @torch.no_grad()
 def meta_test(args, params, split, frames=None):
     """eq. (12): eval_episodes trials of each task of a split. frames: a dict that receives pictures of the
-    first episode by the prior, "0", and of the one by the means of q^i, "mean": at every step, of one trial of
+    first episode by the prior, "0", and of that by the means of q^i, "mean", at every step, of one trial of
     each of up to four tasks."""
     with torch.random.fork_rng():
         torch.manual_seed(args.seed + 10_000)
