@@ -62,9 +62,9 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
              python mg2l.py --env spread --as-coded
              python mg2l.py --env hunting
              python mg2l.py --env spread --paper                  # the authors' sizes, 1000 iterations
-             python mg2l.py --env cheetah_dir
+             python mg2l.py --env cheetah_dir                     # five minutes
              python mg2l.py --env hopper_param
-             python mg2l.py --env rware
+             python mg2l.py --env rware                           # half an hour
              python mg2l.py --env gather
              python mg2l.py --evaluate runs/x/checkpoint.pt --capture-video    # latents.png and play.gif
   Expect     spread, seeds 1, 2, 3, after 8 episodes of the prior: return -81, -102, -106 (by hand: random
