@@ -134,12 +134,14 @@ def cheetah_table(results):
         cells = [f"{m:.0f} ± {h:.0f}" + (f" ({p:.0f})" if p else "")
                  for m, h, p in zip(mean, half, paper or [None] * len(mean))]
         steps = next(iter(result.final.values()))["global_step"]
-        rows.append([f"{method(result)} {others(result)}".strip(), *cells, over, f"{steps / 1e6:.1f}",
+        last = ", ".join(f"{run[f'eval/left/return_{len(mean) - 1}']:.0f}" for run in result.final.values())
+        rows.append([f"{method(result)} {others(result)}".strip(), *cells, over, last, f"{steps / 1e6:.1f}",
                      minutes(result)])
     if not rows:
         return "No results yet."
-    wide = max(len(row) for row in rows) - 4
-    head = ["method", *(f"φ_{l} (paper)" for l in range(wide)), "± over", "million steps", "minutes"]
+    wide = max(len(row) for row in rows) - 5
+    head = ["method", *(f"φ_{l} (paper)" for l in range(wide)), "± over", "last φ, each seed", "million steps",
+            "minutes"]
     return markdown(head, rows)
 
 
@@ -208,15 +210,13 @@ def adaptation_figure(env, kind, results):
             ax.plot(x, mean, color=color, lw=2, ls=("-", "--", "-.")[(same - 1) % 3], label=label, zorder=3)
             ax.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)],
                             color=color, alpha=0.2, lw=0)
-        kinds = {"all": "all personas", "left": "held-out peers, who ran to the left"}
-        ax.set_title(kinds.get(panel, f"{panel} peer"))
+        ax.set_title("all personas" if panel == "all" else f"{panel} peer")
         ax.set_xlabel("l, updates of every agent")
         ax.grid(color="0.9", lw=0.6)
     values = [y for ax in axes[0] for line in ax.lines for y in line.get_ydata()]
     margin = 0.15 * (max(values) - min(values))  # a band over few seeds may leave the figure
     axes[0, 0].set_ylim(min(values) - margin, max(values) + margin)
-    what = "return of an episode" if env == CHEETAH else "reward per step of agent i"
-    axes[0, 0].set_ylabel(f"{what} under φ_l")
+    axes[0, 0].set_ylabel("reward per step of agent i under φ_l")
     fig.suptitle(f"{title_of(env)}, ours with {kind}; paper with LSTM")
     below(fig, axes[0, 0])
     return svg(fig)
@@ -241,6 +241,24 @@ def learning_figure(result):
     what = "returns" if result.flags["env"] == CHEETAH else "rewards"
     ax.set_ylabel(f"validation: sum of {what} φ_1 to φ_L")
     ax.set_title(f"{title_of(result.flags['env'])}, {method(result)}, {policy(result)}", fontsize=10)
+    ax.grid(color="0.9", lw=0.6)
+    below(fig, ax)
+    return svg(fig)
+
+
+def cheetah_figure(results):
+    """Return of an episode in training, averaged over the batches of an iteration, for the runs at the preset
+    of half_cheetah_dir: a line for each seed."""
+    fig, ax = plt.subplots(figsize=(8.4, 4.6))
+    for result in results:
+        runs, color = result.curves["charts/episodic_return"].values(), STYLE[method(result)][0]
+        for n, points in enumerate(runs):
+            x, y = zip(*((step / 1e6, value) for step, value in points))
+            ax.plot(x, y, color=color, lw=1.2, label=None if n else f"{method(result)} ({len(runs)} seed"
+                    + "s" * (len(runs) > 1) + ")")
+    ax.set_xlabel("environment steps, millions")
+    ax.set_ylabel("return of an episode in training")
+    ax.set_title(title_of(CHEETAH), fontsize=10)
     ax.grid(color="0.9", lw=0.6)
     below(fig, ax)
     return svg(fig)
@@ -275,7 +293,11 @@ def figures(results):
     """{file name: svg}."""
     out = {f"{r.name}-learning.svg": peers_figure(r) for r in results if pretraining(r)}
     for (env, kind), group in groups(in_order(r for r in results if not pretraining(r))).items():
-        out[f"meta_mapg-{slug(env, kind)}.svg"] = adaptation_figure(env, kind, group)
+        name = f"meta_mapg-{slug(env, kind)}.svg"
+        if env == CHEETAH:
+            out[name] = cheetah_figure([r for r in group if not others(r)])
+        else:
+            out[name] = adaptation_figure(env, kind, group)
         out |= {f"{r.name}-learning.svg": learning_figure(r) for r in group}
     return out
 
