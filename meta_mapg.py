@@ -53,8 +53,8 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
   Expect     ipd: the sum of rewards over phi_1..phi_7 on held-out personas is about 7 against cooperative and
              4 against defective peers; with --method meta-pg about -1 and -3. rps: about 1.4. ipd with lstm,
              one seed: 1.7 and 6.0 at best in 280 million steps (paper: 10.1, 7.6), see benchmark/README.md.
-             half_cheetah_dir, 15 million steps, a quarter of an hour of one core: return under phi_2, seeds 1,
-             2, 3: 97, -63, -85 (paper: 207); meta-pg -80, -50, -82 (208); reinforce 18, 11, -60 (113);
+             half_cheetah_dir, 15 million steps, a quarter of an hour of one core: return under phi_2, seeds
+             1, 2, 3: 97, -63, -85 (paper: 207); meta-pg -80, -50, -82 (208); reinforce 18, 11, -60 (113);
              lola-dice, seed 1: 124 (75). Too short to tell methods apart: a run pushes forwards or holds on.
   Licence    MIT. Please cite the paper above for the method.
 """

@@ -140,8 +140,8 @@ def cheetah_table(results):
     if not rows:
         return "No results yet."
     wide = max(len(row) for row in rows) - 5
-    head = ["method", *(f"φ_{l} (paper)" for l in range(wide)), "± over", "last φ, each seed", "million steps",
-            "minutes"]
+    head = ["method", *(f"φ_{l} (paper)" for l in range(wide)), "± over", "last φ, each seed",
+            "million steps", "minutes"]
     return markdown(head, rows)
 
 
