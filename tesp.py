@@ -763,7 +763,8 @@ def evaluate(args, net, x, split="test", frames=None):
         def play(phase, p, z):
             noise = keyed_noise(key, range(n), phase, env.horizon, E, env.action_dims[0] + env.obs_dims[0])
             noise, obs_noise = noise.split([env.action_dims[0], env.obs_dims[0]], -1)
-            pictures = frames.setdefault(phase, []) if frames is not None else None
+            shown = frames is not None and phase in (0, args.inner_steps + 1)
+            pictures = frames.setdefault(phase, []) if shown else None
             return rollout(env, p, z, goals, noise, args.eval_noise * obs_noise if args.eval_noise else None,
                            pictures)
 
