@@ -64,170 +64,138 @@ TESP: an encoder learns what a task is from its best episodes; one policy, share
 """
 
 import contextlib
-import csv
-import ctypes
-import io
+import itertools
 import json
 import math
 import os
-import random
-import re
 import signal
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Optional, get_args
+from threading import current_thread, main_thread
+from typing import Annotated, Literal, NamedTuple, Optional
 
-# Threads that wait do not spin, large pages for torch, and no freed memory given back by glibc.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-with contextlib.suppress(Exception):
-    ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-
+import envs
 import numpy as np
 import torch
 import tyro
-from torch.autograd.function import once_differentiable
-from tqdm import tqdm
+from torch.utils.tensorboard import SummaryWriter
+from tyro.constructors import PrimitiveConstructorSpec
 
-import envs
 
 # ================================================================ 0. Arguments
-Env = Literal["wheeled", "small_ant", "reacher2", "reacher4", "nav2d"]
+SCRIPT = Path(globals().get("__file__", "notebook.py")).stem
 
-# What an argument left at None becomes: the paper's value, or the world's own, or (small) the quick one. [D3]
-COMMON = dict(num_tasks=20, num_episodes=25, horizon=200, buffer_size=16, hidden=256, gru_units=256,
-              latent_dim=8, latent_coef=0.01, outer_lr=3e-4, iterations=600, eval_every=25, save_every=5)
-PAPER = {
-    "wheeled": {},
-    "small_ant": dict(hidden=512, latent_dim=32),
-    "reacher2": dict(latent_coef=0.005),
-    "reacher4": dict(hidden=512, latent_dim=16, latent_coef=0.005),
-    "nav2d": {},
-}
-SMALL = {
-    "wheeled": dict(num_tasks=10, num_episodes=20, buffer_size=8, hidden=64, gru_units=32, outer_lr=1e-3,
-                    iterations=40, eval_every=20, num_threads=1),
-    "nav2d": dict(num_tasks=10, num_episodes=10, buffer_size=8, hidden=32, gru_units=16, outer_lr=1e-3,
-                  horizon=50, iterations=30, eval_every=10, num_threads=1),
-}
+
+def fail(message, code=2):
+    """End with one line on stderr. Exit code 2: bad input; 1: the run itself went wrong."""
+    print(f"{SCRIPT}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def within(kind, low, high=math.inf):
+    """A number for Args that the command line refuses outside [low, high]; --help shows the range."""
+
+    def read(words):
+        value = kind(float(words[0])) if "e" in words[0].lower() else kind(words[0])  # 1e6 is an integer too
+        if not low <= value <= high:
+            raise ValueError(f"must be in [{low}, {high}], not {value}")
+        return value
+
+    return Annotated[kind, PrimitiveConstructorSpec(
+        nargs=1, metavar=f"{kind.__name__.upper()} {low}..{high}", instance_from_str=read,
+        is_instance=lambda x: isinstance(x, (int, float)), str_from_instance=lambda x: [str(x)])]
+
+
+Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
 
 
 @dataclass
 class Args:
-    # --- experiment: the same in all six scripts
-    env: Env = get_args(Env)[0]
-    """which world to play"""
-    seed: int = 1
-    """seeds python, numpy, torch and the worlds"""
-    device: str = "cpu"
-    """torch device: cpu, cuda, cuda:1"""
-    num_threads: Optional[int] = None
-    """torch threads of each process; default: what was measured to be fastest"""
-    total_steps: Optional[int] = None
-    """training transitions, over all worlds, inner-loop ones included; default: the preset of the world"""
-    eval_every: Optional[int] = None
-    """evaluate each so many outer iterations; 0: only at the end"""
-    eval_episodes: Optional[int] = None
-    """episodes of each task in an evaluation; default: as many as in training"""
-    save_every: Optional[int] = None
-    """write checkpoint.pt each so many outer iterations (and at the end, and on Ctrl-C)"""
-    run_dir: Optional[str] = None
-    """where to write; default runs/<env>__<script>__<seed>__<time>"""
-    resume: Optional[str] = None
-    """a checkpoint.pt to go on from bit by bit, in its folder, with its arguments unless others are given"""
-    evaluate: Optional[str] = None
-    """a checkpoint.pt to evaluate: prints the table, writes eval.json beside it, exits"""
-    capture_video: bool = False
-    """with --evaluate: also write a GIF (2-D worlds, MuJoCo) or a text table of the play (matrix games)"""
-    track: bool = False
-    """also log to Weights & Biases (needs wandb)"""
+    """Defaults: a quick `wheeled`, minutes on two cores [D3]. PRESETS below has the other worlds'."""
+
+    # --- run: the same in all six scripts
+    env: str = "wheeled"  # wheeled, small_ant, reacher2, reacher4, nav2d, or your own: see make_env()
+    seed: int = 1  # of torch, and with it of environments and networks
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch, and of MuJoCo
+    total_steps: Count = 8_000_000  # training transitions of all environments, those of inner loops included
+    eval_every: within(int, 0) = 20  # iterations between evaluations; 0: only at the end
+    eval_episodes: Count = 20  # episodes of each task in an evaluation
+    save_every: Count = 5  # iterations between checkpoints; one is also written at the end and on Ctrl-C
+    run_dir: Optional[str] = None  # default: runs/<env>__<script>__<seed>__<time>
+    resume: Optional[str] = None  # checkpoint.pt, or its folder, to continue bit-exactly
+    evaluate: Optional[str] = None  # checkpoint.pt, or its folder, to evaluate: prints the table
+    capture_video: bool = False  # with --evaluate: write play.gif
+    track: bool = False  # log to Weights & Biases too
     # --- algorithm
-    paper: bool = False
-    """wheeled, nav2d: the paper's sizes instead of small ones (the other worlds always have them)"""
-    inner_steps: int = 3
-    """J, fast updates, eqs. (2)-(9); 0: the embedding of the warm-up, without updates"""
-    adapt_policy: bool = False
-    """the paper's variant: the fast updates move the policy too, with learned step sizes"""
-    learn_alpha: bool = True
-    """learn the step sizes of eq. (2); off: they stay at inner_lr"""
-    inner_lr: float = 1e-3
-    """first value of all step sizes alpha, eq. (2)"""
-    buffer: Literal["best", "last", "all"] = "best"
-    """which episodes the encoder reads, eq. (1): the best so far, the whole newest batch, or all"""
-    buffer_size: Optional[int] = None
-    """L, episodes in the buffer `best`"""
-    num_tasks: Optional[int] = None
-    """M, tasks in a meta-iteration, over all processes"""
-    num_episodes: Optional[int] = None
-    """E, episodes in a batch of a task"""
-    horizon: Optional[int] = None
-    """H, steps in an episode"""
-    hidden: Optional[int] = None
-    """units in each of the policy's two hidden layers"""
-    gru_units: Optional[int] = None
-    """U, units of the encoder's GRU"""
-    latent_dim: Optional[int] = None
-    """d, numbers in the embedding z"""
-    latent_coef: Optional[float] = None
-    """eta, weight of mean z^2 in eq. (10)"""
-    gamma: float = 0.99
-    """discount, in [0, 1], eqs. (6) and (7)"""
-    gae_lambda: float = 0.97
-    """lambda of eq. (7)"""
-    epochs: int = 20
-    """evaluations of eq. (10) in a meta-iteration; one step of Adam less"""
-    clip_coef: float = 0.15
-    """ratios are clipped to 1 -+ this in eq. (10)"""
-    delta: float = 0.01
-    """largest mean KL in nats of an iterate that may be kept, eq. (12)"""
-    outer_lr: Optional[float] = None
-    """Adam's step size, eq. (12)"""
-    restart: bool = False
-    """train on what the authors' sampler would have played; --total-steps then counts what is kept [D1]"""
-    eval_tasks: int = 20
-    """goals of each set in an evaluation, the same in all of them; the sets have 100"""
-    eval_noise: float = 0.0
-    """in evaluations, standard deviation of normal noise added to what is observed [D4]"""
+    paper: bool = False  # the paper's sizes in wheeled and nav2d; the other worlds always have them
+    inner_steps: within(int, 0) = 3  # J, fast updates, eqs. (2)-(9); 0: the warm-up's embedding as it is
+    adapt_policy: bool = False  # the paper's variant: fast updates move the policy too
+    learn_alpha: bool = True  # learn the step sizes of eq. (2); off: they stay at inner_lr
+    inner_lr: Size = 1e-3  # initial value of every step size alpha, eq. (2)
+    buffer: Literal["best", "last", "all"] = "best"  # episodes the encoder reads, eq. (1)
+    buffer_size: Count = 8  # L, episodes in the buffer `best`
+    num_tasks: Count = 10  # M, tasks per meta-iteration, over all processes
+    num_episodes: Count = 20  # E, episodes of a task in a batch
+    horizon: Count = 200  # H, steps of an episode
+    hidden: Count = 64  # units in each of the policy's two hidden layers
+    gru_units: Count = 32  # U, units of the encoder's GRU
+    latent_dim: Count = 8  # d, numbers in the embedding z
+    latent_coef: Size = 0.01  # eta, weight of mean z^2 in eq. (10)
+    gamma: Share = 0.99  # discount, eqs. (6) and (7)
+    gae_lambda: Share = 0.97  # lambda of eq. (7)
+    epochs: Count = 20  # evaluations of eq. (10) per meta-iteration; one Adam step fewer
+    clip_coef: Size = 0.15  # ratios are clipped to 1 -+ this, eq. (10)
+    delta: Size = 0.01  # largest mean KL (nats) of an iterate that may be kept, eq. (12)
+    outer_lr: Size = 1e-3  # Adam's step size, eq. (12)
+    eval_tasks: within(int, 1, 100) = 20  # goals of each set in an evaluation
 
 
-def resolve(args):
-    """Fill what was left at None and refuse what cannot be."""
-    if args.env not in PAPER:
-        fail(f"--env must be one of {', '.join(PAPER)}, not {args.env}: it needs a world with hidden goals")
-    preset = COMMON | PAPER[args.env] | (SMALL.get(args.env, {}) if not args.paper else {})
-    preset = dict(num_threads=2 if WORLD == 1 else 1) | preset  # they wait asleep: no loss when busy
-    iterations = preset.pop("iterations")
-    for name, value in preset.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.eval_episodes = args.eval_episodes or args.num_episodes
-    if args.total_steps is None:
-        args.total_steps = iterations * steps_per_iteration(args)
-    for name in ("num_tasks", "num_episodes", "horizon", "buffer_size", "hidden", "gru_units", "latent_dim",
-                 "epochs", "eval_tasks", "eval_episodes", "num_threads", "save_every", "total_steps"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(args, name)}")
-    for name in ("delta", "outer_lr", "clip_coef"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("inner_steps", "eval_noise", "latent_coef"):
-        if not getattr(args, name) >= 0:
-            fail(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
-    if args.restart and (args.buffer != "best" or args.buffer_size > args.num_episodes):
-        fail("--restart gives tasks different numbers of episodes: it takes --buffer best, and no larger a "
-             f"--buffer-size than the {args.num_episodes} of --num-episodes")
+PAPER = dict(total_steps=300_000_000, eval_every=25, eval_episodes=25, num_tasks=20,
+             num_episodes=25, buffer_size=16, hidden=256, gru_units=256, outer_lr=3e-4)
+PRESETS = {  # what differs from the defaults
+    "wheeled": {},
+    "nav2d": dict(total_steps=750_000, eval_every=10, eval_episodes=10, num_episodes=10, horizon=50,
+                  hidden=32, gru_units=16),
+    "small_ant": PAPER | dict(hidden=512, latent_dim=32),
+    "reacher2": PAPER | dict(latent_coef=0.005),
+    "reacher4": PAPER | dict(hidden=512, latent_dim=16, latent_coef=0.005),
+}
+
+
+def preset(args):
+    """What replaces the defaults where the command line is silent."""
+    return PAPER if args.paper and args.env in ("wheeled", "nav2d") else PRESETS.get(args.env, {})
+
+
+def check(args):
+    """Refuse what no single argument can be blamed for."""
     if args.num_tasks % WORLD:
         fail(f"--num-tasks {args.num_tasks} does not divide among {WORLD} processes")
+
+
+def parse():
+    """Read the command line. What it leaves open comes from the checkpoint if one is given, else from
+    preset(args), a dict that replaces some of the defaults."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that knows no "±" shows "?"
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    given, _ = tyro.cli(Args, args=words, return_unknown_args=True)
+    if given.resume and given.evaluate or given.capture_video and not given.evaluate:
+        fail("--resume and --evaluate exclude each other, and --capture-video needs --evaluate")
+    path = given.resume or given.evaluate
+    own = dict(resume=given.resume, evaluate=given.evaluate, run_dir=None)
+    stored = load(path)["args"] | own if path else preset(given)
+    args = tyro.cli(Args, description=__doc__, default=Args(**stored))
+    free = ("device", "num_threads", "total_steps", "save_every", "capture_video", "track")
+    for name, value in stored.items() if path else ():
+        if getattr(args, name) != value and name not in free and not name.startswith("eval_"):
+            fail(f"--{name.replace('_', '-')} cannot change here: the checkpoint was made with {value}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no GPU here")
     return args
-
-
-def steps_per_iteration(args):
-    return args.num_tasks * args.num_episodes * args.horizon * (args.inner_steps + 2)
 
 
 # ================================================================ 1. Environment
@@ -238,8 +206,8 @@ def make_env(args, num_envs):
     #   step(action (B, A)) -> obs, reward (B, 1), terminated (B,), truncated (B,), info
     try:
         return envs.make(args.env, num_envs, horizon=args.horizon, device=args.device)
-    except ValueError as e:
-        fail(e)
+    except ValueError as error:
+        fail(error)
 
 
 # ================================================================ 2. Networks
@@ -247,10 +215,6 @@ def make_env(args, num_envs):
 # entry, and psi (Q,), the shared policy; x = [phi, alpha, psi]. The encoders of M tasks are one (M, P), and
 # every layer is one batched product over the tasks. With --adapt-policy phi is [encoder, policy] and psi is
 # empty; a policy is then (M, Q), a row for each task.
-#
-# The time goes into the GRU. Its input product is fused into the recurrent one, [h, x, 1] @ [Wh; Wx; b], its
-# constants are folded into weights, and its derivative is written by hand: autograd would add up a (M, U, 3U)
-# gradient at each of H steps, twenty times slower. Here that is one product over all steps at the end.
 class Net(NamedTuple):
     encoder: dict  # {name: shape} in the order of the flat vector
     policy: dict
@@ -313,92 +277,29 @@ def policy(p, obs, z):
     return x.unflatten(1, obs.shape[1:-1]).chunk(2, -1)
 
 
-class Packed(NamedTuple):
-    """Episodes of unequal length for the GRU: those of a task sorted by length, then cut into time steps. A
-    step has as many rows as the task with the most episodes that long."""
-
-    x: torch.Tensor  # (M, sum of rows, F + 1): features and a 1 for the bias
-    rows: list  # rows[t] episodes of each task at step t
-    ends: list  # ends[t] (M, rows[t], 1): 1 where an episode ends with step t; None where none does
-
-
-def pack(x, length):
-    """Features (M, L, H, F) and lengths (M, L) >= 1 -> Packed. What x has after an episode's end is never
-    used."""
-    length, order = length.sort(1, descending=True)
-    x = x.gather(1, order[..., None, None].expand_as(x))
-    t = torch.arange(x.shape[2], device=x.device)
-    valid = t[:, None] < length.amax(0)  # (H, L)
-    x = torch.cat([x, torch.ones_like(x[..., :1])], -1).transpose(1, 2).flatten(1, 2)[:, valid.flatten()]
-    rows = [n for n in valid.sum(1).tolist() if n]
-    last = set(length.unique().tolist())
-    ends = [(length[:, :n] == t + 1).to(x.dtype)[..., None] if t + 1 in last else None
-            for t, n in enumerate(rows)]
-    return Packed(x, rows, ends)
+def gru(wx, wh, b, x, length):
+    """eq. (4): z = hs(x Wz + h Uz + bz), r = hs(x Wr + h Ur + br), n = tanh(x Wn + (r * h) Un + bn),
+    h <- z * h + (1 - z) * n, from h = 0, with hs(v) = clip(v / 5 + 1/2, 0, 1). [Wz Wr Wn] is wx (M, F, 3U),
+    [Uz Ur Un] wh (M, U, 3U), b (M, 3U). x (M, L, H, F) -> the state at each episode's end, (M, L, U)."""
+    L, H, U = x.shape[1], x.shape[2], wh.shape[1]
+    inputs = (x.flatten(1, 2) @ wx + b[:, None]).unflatten(1, (L, H)).unbind(2)  # H times (M, L, 3U)
+    u_gates, u_candidate = wh.split([2 * U, U], -1)
+    h = torch.zeros_like(inputs[0][..., :U])
+    for t in range(int(length.max())):
+        gates, candidate = inputs[t].split([2 * U, U], -1)
+        z, r = (0.2 * (gates + h @ u_gates) + 0.5).clamp(0, 1).chunk(2, -1)
+        n = torch.tanh(candidate + (r * h) @ u_candidate)
+        alive = (t < length)[..., None]  # the state stays as it is once an episode is over
+        h = torch.where(alive, z * h + (1 - z) * n, h)
+    return h
 
 
-class GRU(torch.autograd.Function):
-    """States (M, L, U) after the last step of each episode, in the order of pack()."""
-
-    @staticmethod
-    def forward(ctx, wx, wh, b, packed):
-        """eq. (4): z = hs(x Wz + h Uz + bz), r = hs(x Wr + h Ur + br), n = tanh(x Wn + (r * h) Un + bn),
-        h <- z * h + (1 - z) * n, from h = 0, with hs(v) = clip(v / 5 + 1/2, 0, 1). [Wz Wr Wn] is wx
-        (M, F, 3U), [Uz Ur Un] wh (M, U, 3U), and b (M, 3U)."""
-        U = wh.shape[1]
-        w = torch.cat([wh, wx, b[:, None]], 1)  # (M, U + F + 1, 3U)
-        gates, cand = 0.2 * w[..., : 2 * U], w[..., 2 * U :].contiguous()
-        gates[:, -1] += 0.5
-        hx = w.new_empty(len(w), packed.x.shape[1], w.shape[1])  # [h, x, 1] of every step, and [r * h, x, 1]
-        hx[..., U:] = packed.x
-        rhx = hx.clone()
-        zr, n = hx.new_empty(*hx.shape[:2], 2 * U), hx.new_empty(*hx.shape[:2], U)
-        last, o = hx.new_zeros(len(w), packed.rows[0], U), 0
-        h = last
-        for m, ends in zip(packed.rows, packed.ends):
-            s, o = slice(o, o + m), o + m
-            h = hx[:, s, :U] = h[:, :m]
-            g = torch.clamp(torch.bmm(hx[:, s], gates), 0, 1, out=zr[:, s])  # z and r at once
-            torch.mul(g[..., U:], h, out=rhx[:, s, :U])
-            c = torch.tanh(torch.bmm(rhx[:, s], cand), out=n[:, s])
-            h = torch.lerp(c, h, g[..., :U])
-            if ends is not None:
-                last[:, :m] += ends * h
-        ctx.saved = packed, gates, cand, hx, rhx, zr, n
-        return last
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_last):
-        """eq. (5): back in time with d = dL/dh; the weights' gradients come last, from all steps at once."""
-        packed, gates, cand, hx, rhx, zr, n = ctx.saved
-        U, o, back = n.shape[-1], n.shape[1], torch.ops.aten
-        d_zr, d_n = torch.empty_like(zr), torch.empty_like(n)
-        to_h, to_rh = gates[:, :U].mT, cand[:, :U].mT
-        d = d_last.new_zeros(len(n), 0, U)
-        for m, ends in zip(reversed(packed.rows), reversed(packed.ends)):
-            s, o = slice(o - m, o), o - m
-            d = torch.nn.functional.pad(d, (0, 0, 0, m - d.shape[1]))  # backwards, episodes come in
-            if ends is not None:
-                d = d + ends * d_last[:, :m]
-            h, c, (z, r), g = hx[:, s, :U], n[:, s], zr[:, s].chunk(2, -1), d_zr[:, s]
-            keep = z * d
-            d_c = back.tanh_backward.grad_input(d - keep, c, grad_input=d_n[:, s])
-            d_rh = torch.bmm(d_c, to_rh)
-            torch.mul(d, h - c, out=g[..., :U])
-            torch.mul(d_rh, h, out=g[..., U:])
-            back.hardtanh_backward.grad_input(g, zr[:, s], 0.0, 1.0, grad_input=g)  # 0 where hs is flat
-            d = torch.baddbmm(keep.addcmul_(d_rh, r), g, to_h)
-        d_w = torch.cat([(hx.mT @ d_zr).mul_(0.2), rhx.mT @ d_n], -1)  # (M, U + F + 1, 3U)
-        return d_w[:, U:-1], d_w[:, :U], d_w[:, -1], None
-
-
-def encode(p, packed):
-    """eq. (3): z (M, d), the mean over the buffered episodes of the GRU's last state, projected, with the
-    tasks' encoders {name: (M, ...)}. An empty buffer (None) gives z = 0, and no gradient."""
-    if packed is None:
+def encode(p, buffer):
+    """eq. (3): z (M, d), the mean over the buffered episodes of the GRU's last state, projected. An empty
+    buffer (None) gives z = 0."""
+    if buffer is None:
         return torch.zeros_like(p["bp"])
-    last = GRU.apply(p["wx"], p["wh"], p["b"], packed)  # (M, L, U)
+    last = gru(p["wx"], p["wh"], p["b"], buffer.x, buffer.length)  # (M, L, U)
     return (last.mean(1, keepdim=True) @ p["wp"])[:, 0] + p["bp"]
 
 
@@ -427,44 +328,22 @@ def keyed_noise(key, tasks, phase, *shape):
 
 
 @torch.no_grad()
-def rollout(env, p, z, goals, noise, obs_noise=None, frames=None):
+def rollout(env, p, z, goals, noise):
     """Play one batch with policy p and embeddings z (M, d) on goals (M, D); noise (M, H, E, A) is what the
-    actions are drawn with, obs_noise (M, H, E, O) is added to what is observed. frames: a list that receives
-    a picture of row 0 at every step."""
+    actions are drawn with."""
     M, _, E, _ = noise.shape
     obs, steps = env.reset(goals.repeat_interleave(E, 0)), []
     noise = noise.to(z.device).unbind(1)
     alive = torch.ones(M, E, device=z.device)
     for t in range(env.horizon):
         x = obs.view(M, E, -1)
-        if obs_noise is not None:
-            x = x + obs_noise[:, t].to(z.device)
         mean, log_std = policy(p, x, z)
         action = mean + log_std.exp() * noise[t]  # the world clips its own copy
         obs, reward, terminated, _, info = env.step(action.flatten(0, 1))
         steps.append((x, action, mean, log_std, reward.view(M, E) * alive, alive))
         alive = alive * ~terminated.view(M, E)
-        if frames is not None:
-            frames.append(env.render(0))
     arrived = info.get("arrived", terminated).view(M, E).float()
     return Play(*(torch.stack(x, 1) for x in zip(*steps)), arrived)
-
-
-def restarted(plays, size):
-    """[D1] Of the rows' first, second, ... episodes (Plays), those that a sampler keeps that starts rows anew
-    and stops when `size` steps of finished episodes are in: a Play (M, H, rounds E) where all others have
-    mask 0, or None if some row would have played on by then."""
-    play, R = Play(*(torch.cat(x, min(2, x[0].dim() - 1)) for x in zip(*plays))), len(plays)
-    length = play.mask.sum(1)  # (M, R E)
-    end = length.unflatten(1, (R, -1)).cumsum(1).flatten(1)  # when an episode is over
-    order = end.argsort(dim=1, stable=True)
-    before = length.gather(1, order).cumsum(1) - length.gather(1, order)  # steps that are in by then
-    kept = torch.zeros_like(length).scatter(1, order, (before < size).float())
-    late = (end * kept).amax(1, keepdim=True) > end.unflatten(1, (R, -1))[:, -1]
-    if late.any() or (length.sum(1) < size).any():
-        return None
-    return play._replace(reward=play.reward * kept[:, None], mask=play.mask * kept[:, None],
-                         arrived=play.arrived * kept)
 
 
 def episode_mean(x, play):
@@ -539,11 +418,9 @@ def surrogate(mean, log_std, rows, clip_coef):
 
 
 # ================================================================ 5. Update
-# All of it is first order: g enters phi_i = phi - clip(alpha) * g as a constant, so that derivatives by phi
-# and alpha are closed forms of d_i = dL/dphi_i, eq. (11), and d_i is two pieces: back through the policy to
-# z_i (through_policy), then back through the encoder (autograd with eq. (5)).
+# All of it is first order: g enters phi_i = phi - clip(alpha) * g as a constant, so no gradient of a gradient
+# is ever taken, and one backward pass through policy and encoder gives everything.
 INNER_CLIP, ALPHA_BOUND = 60.0, 0.1  # largest norm of a task's inner gradient, and of a step size
-ROWS = 8192  # rows that go through the policy at a time: their activations stay in the cache
 
 
 class Batch(NamedTuple):
@@ -606,38 +483,11 @@ def adapted(phi, alpha, g):
     return phi - alpha.clamp(-ALPHA_BOUND, ALPHA_BOUND) * g
 
 
-def through_policy(shapes, psi, z, batch, objective, wanted=(True, True)):
-    """objective(mean, log_std, rows) -> loss (n,), or loss and others, for the policy psi, (Q,) or (M, Q),
-    with embeddings z (M, d), at a Batch. Returns its numbers (1 or more, M), and the gradients of the summed
-    loss by z (M, d) and by psi, where wanted. Goes by groups of tasks, about ROWS rows at a time."""
-    d_z, d_psi, values = torch.zeros_like(z), torch.zeros_like(psi), []
-    counts, each = (batch.weight > 0).sum(1).tolist(), psi.dim() == 2
-    group = max(1, ROWS // batch.weight.shape[1])
-    for i in range(0, len(z), group):
-        tasks, R = slice(i, i + group), max(counts[i : i + group])
-        rows = Batch(*(x[tasks, :R] for x in batch))
-        with torch.set_grad_enabled(any(wanted)):
-            own_z = z[tasks].detach().requires_grad_(wanted[0])
-            own_psi = (psi[tasks] if each else psi).detach().requires_grad_(wanted[1])
-            out = objective(*policy(unflatten(own_psi, shapes), rows.obs, own_z), rows)
-        out = out if isinstance(out, tuple) else (out,)
-        values.append(torch.stack(out).detach())
-        leaves = [x for x in (own_z, own_psi) if x.requires_grad]
-        grads = list(torch.autograd.grad(out[0].sum(), leaves)) if leaves else []
-        if wanted[0]:
-            d_z[tasks] = grads[0]
-        if wanted[1] and each:
-            d_psi[tasks] = grads[-1]
-        elif wanted[1]:
-            d_psi += grads[-1]
-    return torch.cat(values, 1), d_z, d_psi
-
-
 class Adapted(NamedTuple):
     g: torch.Tensor  # (M, P), the sum of the inner gradients
-    packed: Packed  # the buffer as it was when V was played
+    buffer: Episodes  # as it was when V was played
     z: torch.Tensor  # (M, d), with which V was played
-    batches: list  # D_0 .. D_{J-1}, V
+    batch: Batch  # V
     plays: list  # W, D_0 .. D_{J-1}, V
 
 
@@ -645,61 +495,55 @@ def adapt(net, x, M, play, args):
     """eq. (9) and all before it, the fast updates of M tasks. play(phase, p, z) plays phase 0 (W), 1 .. J
     (D_0 ..) and J + 1 (V) with policy p and embeddings z. The k-th gradient sees the buffer without D_k."""
     phi, alpha, psi = net.split(x.detach())
-    g, buffer, packed, batches, plays = phi.new_zeros(M, len(phi)), None, None, [], []
+    g, buffer, plays = phi.new_zeros(M, len(phi)), None, []
     for phase in range(args.inner_steps + 2):
-        with torch.set_grad_enabled(0 < phase <= args.inner_steps):
-            phi_i = adapted(phi, alpha, g).requires_grad_()
-            p, own = net.parts(phi_i, psi)
-            z = encode(p, packed)  # its graph waits until D_k has been played with it
-        own, fixed = own.detach(), z.detach()
-        plays.append(play(phase, unflatten(own, net.policy), fixed))
-        if phase:
-            batches.append(process(plays[-1], args))
+        phi_i = adapted(phi, alpha, g).requires_grad_()
+        p, own = net.parts(phi_i, psi)
+        z, own = encode(p, buffer), unflatten(own, net.policy)
+        plays.append(play(phase, own, z))
+        batch = process(plays[-1], args)
         if 0 < phase <= args.inner_steps:
-            _, d_z, d_own = through_policy(net.policy, own, fixed, batches[-1], inner_loss,
-                                           (True, net.adapt_policy))
-            g_k = torch.autograd.grad(z, phi_i, d_z)[0]
-            if net.adapt_policy:
-                g_k[:, -d_own.shape[1] :] += d_own
+            loss = inner_loss(*policy(own, batch.obs, z), batch)
+            g_k = torch.autograd.grad(loss.sum(), phi_i)[0]
             g = g + g_k * (INNER_CLIP / (g_k.norm(dim=1, keepdim=True) + 1e-12)).clamp(max=1)
         if phase <= args.inner_steps:
             buffer = keep(buffer, episodes(plays[-1]), args.buffer, args.buffer_size)
-            packed = pack(buffer.x, buffer.length)
-    return Adapted(g, packed, fixed, batches, plays)
+    return Adapted(g, buffer, z.detach(), batch, plays)
 
 
-def outer_gradient(net, x, g, packed, batch, args, wanted=True):
+def outer_gradient(net, x, out, args):
     """eqs. (10) and (11): the clipped loss without its penalty, KL(old || new) and mean z^2, means over the
-    tasks of all processes, and dL/dx (2P + Q,), or None where it is not wanted."""
-    phi, alpha, psi = net.split(x.detach())
-    with torch.set_grad_enabled(wanted):
-        phi_i = adapted(phi, alpha, g).requires_grad_(wanted)
-        p, own = net.parts(phi_i, psi)
-        z = encode(p, packed)
-        size = (z**2).mean(1)
-    objective = lambda mean, log_std, rows: surrogate(mean, log_std, rows, args.clip_coef)
-    (loss, kl), d_z, d_own = through_policy(net.policy, own.detach(), z.detach(), batch, objective,
-                                            (wanted, wanted))
-    numbers = torch.stack([loss.mean(), kl.mean(), size.detach().mean()])
-    if not wanted:
-        return *mean_over_processes(numbers), None
-    d = torch.autograd.grad([z, size], phi_i, [d_z, torch.full_like(size, args.latent_coef)])[0]
-    if net.adapt_policy:
-        d[:, -d_own.shape[1] :] += d_own
-        d_own = d_own[:0, 0]
-    inside = (alpha.abs() < ALPHA_BOUND) if args.learn_alpha else 0.0
-    gradient = torch.cat([d.sum(0), -(g * d).sum(0) * inside, d_own]) / len(g)
+    tasks of all processes, and dL/dx (2P + Q,)."""
+    x = x.detach().requires_grad_()
+    phi, alpha, psi = net.split(x)
+    phi_i = adapted(phi, alpha if args.learn_alpha else alpha.detach(), out.g)
+    p, own = net.parts(phi_i, psi)
+    z = encode(p, out.buffer)
+    loss, kl = surrogate(*policy(unflatten(own, net.policy), out.batch.obs, z), out.batch, args.clip_coef)
+    loss, kl, size = loss.mean(), kl.mean(), (z**2).mean()
+    gradient = torch.autograd.grad(loss + args.latent_coef * size, x)[0]
+    numbers = torch.stack([loss, kl, size]).detach()
     flat = mean_over_processes(torch.cat([numbers, gradient]))
     return *flat[:3], flat[3:]
 
 
-def mean_over_processes(x):
-    """The same numbers on every process, so that none has to send its weights afterwards."""
+# Under torchrun every process plays a share of the tasks; all gather the same numbers and take the same
+# step, so no weights need to be sent. Only the first process (RANK 0) keeps its run folder.
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
+
+
+def gather(x):
+    """(n, ...) of each process -> (n * WORLD, ...) of all, in order of rank."""
     if WORLD == 1:
         return x
-    total = x.cpu()
-    torch.distributed.all_reduce(total)
-    return total.to(x.device) / WORLD
+    parts = [torch.empty_like(x, device="cpu") for _ in range(WORLD)]
+    torch.distributed.all_gather(parts, x.detach().cpu().contiguous())
+    return torch.cat(parts).to(x.device)
+
+
+def mean_over_processes(x):
+    return x if WORLD == 1 else gather(x[None]).mean(0)
 
 
 def meta_update(env, net, x, optimizer, iteration, args):
@@ -710,25 +554,18 @@ def meta_update(env, net, x, optimizer, iteration, args):
     shape = (args.horizon, args.num_episodes, env.action_dims[0])
 
     def play(phase, p, z):
-        rounds, played = [], None
-        while played is None:
-            key = phase + len(rounds) * (args.inner_steps + 2)
-            noise = keyed_noise((args.seed, 0, iteration), mine, key, *shape)
-            rounds.append(rollout(env, p, z, goals, noise))
-            played = restarted(rounds, args.num_episodes * args.horizon) if args.restart else rounds[0]
-        return played
+        return rollout(env, p, z, goals, keyed_noise((args.seed % 2**64, 0, iteration), mine, phase, *shape))
 
     out = adapt(net, x, M, play, args)
     best, best_loss, kept, logs = x.clone(), math.inf, 0, {}
     for n in range(args.epochs):  # eq. (12)
-        loss, kl, size, gradient = outer_gradient(net, x, out.g, out.packed, out.batches[-1], args,
-                                                  n < args.epochs - 1)
-        if n == 0 and gradient is not None:
+        loss, kl, size, gradient = outer_gradient(net, x, out, args)
+        if n == 0:
             logs["grad/norm_outer"] = gradient.norm()
         if kl < args.delta and loss < best_loss:
             best, best_loss, kept = x.clone(), loss, n
             logs |= {"losses/outer": loss, "losses/kl": kl, "losses/z_squared": size}
-        if gradient is not None:
+        if n < args.epochs - 1:
             x.grad = gradient
             optimizer.step()
     x.copy_(best)  # Adam's moments are not taken back
@@ -751,22 +588,18 @@ TEST_SEED = 1
 SETS = {"train": "D, goals of training", "test": "D', held out", "test2": "D'', farther away"}
 
 
-def evaluate(args, net, x, split="test", frames=None):
+def evaluate(args, net, x, split="test", env=None):
     """Adapt to args.eval_tasks goals of a split -> goals (n, D) and Adapted."""
     n, E = args.eval_tasks, args.eval_episodes
-    env = make_env(args, n * E)
+    env = env or make_env(args, n * E)
     with torch.random.fork_rng():
         torch.manual_seed(TEST_SEED)
         goals = env.sample_tasks(n, split)
-        key = (args.seed, 1 + list(SETS).index(split), 0)
+        key = (args.seed % 2**64, 1 + list(SETS).index(split), 0)
 
         def play(phase, p, z):
-            noise = keyed_noise(key, range(n), phase, env.horizon, E, env.action_dims[0] + env.obs_dims[0])
-            noise, obs_noise = noise.split([env.action_dims[0], env.obs_dims[0]], -1)
-            shown = frames is not None and phase in (0, args.inner_steps + 1)
-            pictures = frames.setdefault(phase, []) if shown else None
-            return rollout(env, p, z, goals, noise, args.eval_noise * obs_noise if args.eval_noise else None,
-                           pictures)
+            noise = keyed_noise(key, range(n), phase, env.horizon, E, env.action_dims[0])
+            return rollout(env, p, z, goals, noise)
 
         return goals, adapt(net, x, n, play, args)
 
@@ -802,8 +635,7 @@ def table(results, args):
     """Return of an episode in the warm-up and after 0..J fast updates, on each set."""
     row = lambda name, values: f"{name:24s}" + "".join(f"{v:>11s}" for v in values)
     columns = ["warm-up", *(f"{k} updates" for k in range(args.inner_steps + 1)), "length", "arrived"]
-    noise = f", noise {args.eval_noise}" if args.eval_noise else ""
-    lines = [f"{args.env}: return on {args.eval_tasks} goals of each set, ± 95 % interval{noise}"]
+    lines = [f"{args.env}: return on {args.eval_tasks} goals of each set, ± 95 % interval"]
     lines.append(row("", columns))
     for split, (returns, length, arrived) in results.items():
         ends = [f"{length[:, -1].mean():.0f}", f"{100 * arrived[:, -1].mean():.0f} %"]
@@ -816,250 +648,105 @@ def splits_of(args):
     return getattr(make_env(args, 1), "splits", ("train", "test"))
 
 
-def capture(args, net, x, folder):
-    """--capture-video: embedding.png, paths to six held-out goals in the warm-up and after J updates, and the
-    embeddings of all sets in their first two principal components; where a renderer works also
-    before_after.gif of one held-out goal. Returns what was written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    goals, out = evaluate(args, net, x)
-    place = getattr(make_env(args, 1), "position", slice(0, 2))  # where an observation holds the position
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for i in range(min(6, len(goals))):
-        for play, colour in (out.plays[0], "0.8"), (out.plays[-1], f"C{i}"):
-            for e in range(min(4, play.obs.shape[2])):
-                axes[0].plot(*play.obs[i, play.mask[i, :, e] > 0, e][:, place].cpu().T, color=colour, lw=0.8)
-        axes[0].plot(*goals[i].cpu(), "*", color=f"C{i}", ms=13, mec="k", zorder=3)
-    axes[0].set(title="paths to held-out goals: warm-up (grey), adapted", aspect="equal")
-    sets = [(split, *evaluate(args, net, x, split)) for split in splits_of(args)]
-    z = torch.cat([out.z for _, _, out in sets])
-    _, _, directions = torch.linalg.svd(z - z.mean(0), full_matrices=False)
-    for (split, goals, out), mark in zip(sets, "os^"):
-        where, angle = ((out.z - z.mean(0)) @ directions[:2].T).cpu(), torch.atan2(*goals.cpu().T.flip(0))
-        shown = axes[1].scatter(*where.T, c=angle, cmap="hsv", vmin=-math.pi, vmax=math.pi, marker=mark,
-                                label=SETS[split])
-    figure.colorbar(shown, label="angle of the goal")
-    axes[1].set(title="embeddings, first two principal components", xlabel="1", ylabel="2")
-    axes[1].legend()
-    figure.savefig(folder / "embedding.png", dpi=100)
-    from PIL import Image, ImageDraw
-
-    try:
-        frames = {}
-        evaluate(replace(args, eval_tasks=1), net, x, frames=frames)
-    except RuntimeError as e:
-        return f"{folder / 'embedding.png'} (no GIF: {e})"
-    pictures = []
-    for pair in list(zip(frames[0], frames[args.inner_steps + 1]))[::2]:
-        picture = Image.fromarray(np.concatenate(pair, 1))
-        for left, text in (10, "warm-up"), (picture.width // 2 + 10, f"after {args.inner_steps} updates"):
-            ImageDraw.Draw(picture).text((left, 10), text, "black", font_size=20)
-        pictures.append(picture.reduce(2).quantize(48, Image.Quantize.FASTOCTREE))
-    pictures[0].save(folder / "before_after.gif", save_all=True, append_images=pictures[1:], duration=100,
-                     loop=0)
-    return f"{folder / 'embedding.png'} {folder / 'before_after.gif'}"
-
-
-# ================================================================ 7. Logging and checkpoints
-# The same text in all six scripts. A run folder holds args.json, metrics.csv, TensorBoard events,
-# checkpoint.pt and eval.json. Under torchrun every process computes and only the first one (RANK 0) writes.
-SCRIPT = Path(__file__).stem
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def fail(message, code=2):
-    """One line on stderr, then the end. Code 2: bad input; 1: the run itself went wrong."""
-    if RANK == 0:
-        print(f"{SCRIPT}: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def cli(args_class, doc):
-    """The command line as Args. --resume and --evaluate start from the arguments stored in the checkpoint."""
-
-    def parse(default=None):
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                return tyro.cli(args_class, description=doc, default=default)
-        except SystemExit as e:
-            if not e.code:  # --help
-                raise
-            fail(re.sub(r"╭.*|[^ -~]|-{5,}", " ", errors.getvalue()))  # the text in tyro's box, as one line
-
-    args = parse()
-    if path := args.resume or args.evaluate:
-        stored = load(path)["args"] | {"run_dir": str(Path(path).parent)}
-        try:
-            args = parse(args_class(**stored))
-        except TypeError:
-            fail(f"{path} was written by another version of {SCRIPT}.py")
-    return args
-
-
-def set_up(args):
-    """Seeds, threads and, under torchrun, the process group."""
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads)
-    try:
-        torch.zeros(1, device=args.device)
-    except Exception as e:
-        fail(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
-    if WORLD > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-
-
-def gather(x):
-    """(n, ...) of each process -> (n * WORLD, ...) of all, in order of rank, the same everywhere."""
-    if WORLD == 1:
-        return x
-    x_cpu = x.detach().cpu().contiguous()
-    parts = [torch.empty_like(x_cpu) for _ in range(WORLD)]
-    torch.distributed.all_gather(parts, x_cpu)
-    return torch.cat(parts).to(x.device)
-
-
-def save(path, state, args):
-    """Write a checkpoint with all random states. A kill or a full disk in mid-write leaves the old one."""
-    if RANK:
-        return
-    name, keys, *position = np.random.get_state()
-    rng = {"python": random.getstate(), "numpy": (name, keys.tolist(), *position),
-           "torch": torch.get_rng_state(),
-           "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    temporary = Path(f"{path}.tmp")
-    try:
-        torch.save({**state, "script": SCRIPT, "args": asdict(args), "rng": rng}, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({str(e).splitlines()[0]}); the checkpoint before it is untouched")
+# ================================================================ 7. Runs
+# The same text in all six scripts. Everything random comes from torch's generators, so their state is all
+# that a bit-exact --resume needs beside the script's own tensors.
+VERSION = 2  # of the checkpoints
 
 
 def load(path):
-    """A checkpoint of this script as a dict on the CPU; set_rng(state) restores its random states."""
+    """A checkpoint of this script, on the CPU. `path` may be the folder that holds it."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-    except FileNotFoundError:
-        fail(f"{path}: no such checkpoint")
-    except Exception as e:
-        fail(f"{path} is not a readable checkpoint ({type(e).__name__})")
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
-        fail(f"{path} is not a checkpoint of {SCRIPT}.py")
-    return state
+        writer = f"{state['script']}.py, version {state.get('version', 1)}"
+        odd = {field.name for field in fields(Args)} ^ set(state["args"])
+    except Exception as error:
+        fail(f"{path} is not a checkpoint of this script: {type(error).__name__}: {error}")
+    if odd or writer != f"{SCRIPT}.py, version {VERSION}":
+        fail(f"{path} is of {writer}, this is {SCRIPT}.py, version {VERSION}; only one has: {odd or 'none'}")
+    return state | {"folder": path.parent}
 
 
-def set_rng(state):
-    rng = state["rng"]
-    random.setstate((rng["python"][0], tuple(rng["python"][1]), rng["python"][2]))
-    np.random.set_state(rng["numpy"])
-    torch.set_rng_state(rng["torch"])
-    if rng["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(rng["cuda"])
+def write_eval(folder, values):
+    """Write eval.json. A read-only folder costs a warning, not the evaluation."""
+    try:
+        Path(folder, "eval.json").write_text(json.dumps(values, indent=1))
+    except OSError as error:
+        print(f"{SCRIPT}: no eval.json: {error}", file=sys.stderr)
 
 
-class Log:
-    """metrics.csv (step, tag, value), the same scalars in TensorBoard, a progress line, Ctrl-C as a flag."""
+class Run:
+    """A run folder: args.json, metrics.csv, TensorBoard events, checkpoint.pt. `state` is the checkpoint to
+    continue, or None. Ctrl-C sets `interrupted`; the training loop then saves and ends."""
 
-    def __init__(self, args, step=0):
-        self.start, self.first, self.interrupted, self.wandb = time.time(), step, False, None
-        self.dir = Path(args.run_dir or f"runs/{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(number, self.interrupt)
-        if RANK:
-            return
-        file, kept = self.dir / "metrics.csv", []
-        if file.exists() and not args.resume:
-            fail(f"{self.dir} already holds a run; choose another --run-dir, or --resume its checkpoint.pt")
+    def __init__(self, args, state=None):
+        self.args, self.interrupted, self.start, self.shown = args, False, time.time(), 0
+        self.first_step, self.wandb_id = (state["step"], state["wandb_id"]) if state else (0, None)
+        if self.first_step >= args.total_steps:
+            fail(f"this run ended at step {self.first_step:,}: --evaluate it, or give a larger --total-steps")
+        name = args.run_dir or f"runs/{args.env}__{SCRIPT}__{args.seed}__{int(self.start)}"
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            if file.exists():  # drop what was logged after the checkpoint that we go on from
-                rows = [line.split(",") for line in file.read_text().splitlines()]
-                kept = [r for r in rows if len(r) == 3 and r[0].isdigit() and int(r[0]) <= step]
-            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-            self.file = file.open("w", newline="")
-            self.csv = csv.writer(self.file, lineterminator="\n")
-            self.csv.writerows([["step", "tag", "value"], *kept])
-            self.file.flush()
-        except OSError as e:
-            fail(f"cannot write in {self.dir}: {e.strerror}")
-        from torch.utils.tensorboard import SummaryWriter
+            if args.track:  # mirrors TensorBoard; a resumed run stays the same run there
+                import wandb
+                self.wandb_id = wandb.init(project=SCRIPT, name=name, config=vars(args), id=self.wandb_id,
+                                           resume="allow", sync_tensorboard=True).id
+            for n in itertools.count(1):  # a folder of its own, however many runs start in the same second
+                self.dir = state["folder"] if state else Path(name + f"-{n}" * (n > 1))
+                self.dir.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(*() if state or args.run_dir else (FileExistsError,)):
+                    self.csv = open(self.dir / "metrics.csv", "a" if state else "x")
+                    break
+            (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+        except Exception as error:
+            fail(f"cannot begin: {type(error).__name__}: {error}")
+        self.generators = [torch.default_generator, *torch.cuda.default_generators]  # the latter if in use
+        for generator, rng in zip(self.generators, state["rng"] if state else []):
+            generator.set_state(rng)
+        self.csv.truncate(min(state["csv_size"], self.csv.tell()) if state else 0)  # drop later rows
+        self.csv.write("" if state else "step,tag,value\n")
+        self.board = SummaryWriter(self.dir, purge_step=self.first_step + 1)
+        numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        print(f"{SCRIPT}: {args.env}, seed {args.seed}, {args.total_steps:,} steps -> {self.dir}", flush=True)
 
-        self.board = SummaryWriter(str(self.dir), purge_step=step + 1 if args.resume else None)
-        if args.track:
-            import wandb
-
-            self.wandb = wandb.init(project=SCRIPT, name=self.dir.name, config=asdict(args), dir=self.dir)
-        quiet = not sys.stderr.isatty()
-        self.bar = tqdm(total=args.total_steps, initial=step, unit="step", unit_scale=True, disable=quiet)
-
-    def interrupt(self, number, frame):
-        if self.interrupted:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+    def on_signal(self, number, frame):
         self.interrupted = True
-        if RANK == 0:
-            print(f"\n{SCRIPT}: saving after this iteration; Ctrl-C again to stop at once", file=sys.stderr)
+        signal.signal(number, signal.default_int_handler)  # the second Ctrl-C does not wait
+        print(f"{SCRIPT}: saving after this iteration; Ctrl-C again to stop at once", file=sys.stderr)
 
-    def stop(self):
-        """Whether a Ctrl-C or SIGTERM has reached any of the processes."""
-        return bool(gather(torch.tensor([float(self.interrupted)])).any())
+    def log(self, values, step, text, milestone):
+        """Log {tag: number}; print `text` at milestones, else every ten seconds. A loss or a gradient that is
+        not finite ends the run before it reaches a checkpoint; a measure may be undefined."""
+        speed = (step - self.first_step) / (time.time() - self.start)
+        for tag, value in {**values, "charts/SPS": speed}.items():
+            if tag.startswith(("losses/", "grad/")) and not math.isfinite(value):
+                fail(f"{tag} is not finite at step {step:,}; {self.dir}/checkpoint.pt is good", code=1)
+            self.csv.write(f"{step},{tag},{value:.6g}\n")
+            self.board.add_scalar(tag, value, step)
+        self.csv.flush()
+        if milestone or time.time() > self.shown + 10:
+            self.shown = time.time()
+            print(f"step {step:>12,}  {text}  {speed:,.0f} steps/s", flush=True)
 
-    def scalars(self, values, step):
-        """Log {tag: number} at `step`. A value that is not finite ends the run, before any checkpoint."""
-        values = {tag: float(v) for tag, v in values.items()}
-        if bad := [tag for tag, v in values.items() if not math.isfinite(v)]:
-            fail(f"{bad[0]} is not finite at step {step}; the last checkpoint in {self.dir} is good", code=1)
-        if RANK:
-            return
-        try:
-            self.csv.writerows([[step, tag, f"{v:.6g}"] for tag, v in values.items()])
-            self.file.flush()
-        except OSError as e:
-            fail(f"cannot write {self.dir}/metrics.csv: {e.strerror}")
-        for tag, v in values.items():
-            self.board.add_scalar(tag, v, step)
-        if self.wandb:
-            self.wandb.log(values, step=step)
+    def save(self, step, **state):
+        """Write checkpoint.pt. The old one stays until the new one is complete."""
+        state |= dict(script=SCRIPT, version=VERSION, args=vars(self.args), step=step, wandb_id=self.wandb_id,
+                      csv_size=self.csv.tell(), rng=[g.get_state() for g in self.generators])
+        with open(self.dir / "checkpoint.tmp", "wb") as file:
+            torch.save(state, file)
+        (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
-    def sps(self, step):
-        """Training transitions per second since the start or the resume."""
-        return (step - self.first) / max(time.time() - self.start, 1e-9)
+    def __enter__(self):
+        return self
 
-    def progress(self, step, text, milestone):
-        """One line that moves on a terminal; elsewhere one plain line for each milestone."""
-        if RANK == 0:
-            self.bar.set_description_str(text)
-            self.bar.update(step - self.bar.n)
-            if milestone and self.bar.disable:
-                print(f"step {step:>12,d}  {text}  {self.sps(step):,.0f} steps/s", flush=True)
-
-    def close(self):
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if RANK == 0:
-            self.bar.close(), self.board.close(), self.file.close()
-            if self.wandb:
-                self.wandb.finish()
-        if WORLD > 1:  # leave together: rank 0 may still evaluate
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-
-
-def write_eval(folder, values, step, seed):
-    """eval.json: the last evaluation as one flat object."""
-    if RANK == 0:
-        try:
-            values = {**values, "global_step": step, "seed": seed}
-            (Path(folder) / "eval.json").write_text(json.dumps(values, indent=1))
-        except OSError as e:
-            fail(f"cannot write {folder}/eval.json: {e.strerror}")
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(OSError):
+            self.board.close(), self.csv.close()
+        if isinstance(error, OSError):
+            fail(f"cannot write to {self.dir}, whose last checkpoint.pt is good: {error}", code=1)
 
 
 # ================================================================ 8. Train
@@ -1076,84 +763,61 @@ def build(args, env):
     return net, x, torch.optim.Adam([x], lr=args.outer_lr)
 
 
-def named(net, x):
-    """{"theta": {name: tensor}, "alpha": {...}, "psi": {...}} as views of x."""
-    phi, alpha, psi = net.split(x)
-    shapes = net.encoder | net.policy if net.adapt_policy else net.encoder
-    return {"theta": unflatten(phi, shapes), "alpha": unflatten(alpha, shapes),
-            "psi": {} if net.adapt_policy else unflatten(psi, net.policy)}
-
-
-def restore(path, args, net, x, optimizer=None):
-    """Put a checkpoint's tensors into x, and its moments into the optimizer; returns the checkpoint."""
-    state = load(path)
-    try:
-        for group, p in named(net, x).items():
-            for k in p:
-                p[k].copy_(state["params"][group][k])
-        if optimizer:
-            optimizer.load_state_dict(state["optimizers"]["x"])
-    except (KeyError, RuntimeError, ValueError):
-        was = state["args"]
-        fail(f"{path} holds a policy of {was['hidden']} and an encoder of {was['gru_units']} units for "
-             f"{was['env']}, not of {args.hidden} and {args.gru_units} for {args.env}")
-    return state
-
-
-def evaluate_checkpoint(args):
-    """--evaluate: the table of a finished run, and its eval.json."""
-    net, x, _ = build(args, make_env(args, 1))
-    state, folder = restore(args.evaluate, args, net, x), Path(args.evaluate).parent
-    results = evaluate_all(args, net, x, splits_of(args))
+def report(args, results, folder, step):
+    """Print the table of an evaluation and write eval.json."""
     print(table(results, args))
-    write_eval(folder, summary(results), state["global_step"], args.seed)
-    if args.capture_video:
-        print(capture(args, net, x, folder))
-    return named(net, x)
+    write_eval(folder, summary(results) | {"global_step": step, "seed": args.seed})
+
+
+def film(args, net, x, folder):
+    """play.gif: the warm-up beside the last batch."""
+    camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
+    evaluate(args, net, x, env=camera)
+    print(camera.save(folder / "play.gif", {"warm-up": 0, f"after {args.inner_steps} updates": -1}))
 
 
 def train(args):
-    set_up(resolve(args))
-    if args.evaluate:
-        return evaluate_checkpoint(args)
+    check(args)
+    torch.manual_seed(args.seed % 2**64)
+    torch.set_num_threads(args.num_threads)
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
     env = make_env(args, args.num_tasks // WORLD * args.num_episodes)
     net, x, optimizer = build(args, env)
-    iteration = global_step = 0
-    if args.resume:
-        state = restore(args.resume, args, net, x, optimizer)
-        iteration, global_step = state["iteration"], state["global_step"]
-        set_rng(state)
-    log, stop, done = Log(args, global_step), False, global_step >= args.total_steps
+    state, iteration, step = None, 0, 0
+    if path := args.resume or args.evaluate:
+        state = load(path)
+        x.copy_(state["x"])
+        optimizer.load_state_dict(state["optimizer"])
+        iteration, step = state["iteration"], state["step"]
+    if args.evaluate:
+        report(args, evaluate_all(args, net, x, splits_of(args)), state["folder"], step)
+        return film(args, net, x, state["folder"]) if args.capture_video else None
+    if RANK:  # computes what the first process does, and keeps nothing
+        sys.stdout, args = open(os.devnull, "w"), replace(args, run_dir=tempfile.mkdtemp())
+        state = state and state | {"folder": Path(args.run_dir)}
 
-    while not stop and not done:
-        logs, returns = meta_update(env, net, x, optimizer, iteration, args)
-        iteration += 1
-        global_step += steps_per_iteration(args)
-        logs |= {f"adapt/return_{k}": v for k, v in zip(["warmup", *range(len(returns) - 1)], returns)}
-        logs["charts/episodic_return"] = logs["charts/episodic_return/agent_0"] = returns[-1]  # adapted
-        logs["charts/SPS"] = log.sps(global_step)
-        stop, done = log.stop(), global_step >= args.total_steps
-        if done and RANK == 0:
-            results = evaluate_all(args, net, x, splits_of(args))
-            logs |= summary(results)
-        elif args.eval_every and iteration % args.eval_every == 0 and RANK == 0:
-            logs |= summary(evaluate_all(args, net, x, ["test"]))
-        log.scalars(logs, global_step)
-        text = f"iteration {iteration}: return {returns[0]:.1f} -> {returns[-1]:.1f}"
-        if "eval/test/return_warmup" in logs:
-            last = logs[f"eval/test/return_{args.inner_steps}"]
-            text += f", held out {logs['eval/test/return_warmup']:.1f} -> {last:.1f}"
-        log.progress(global_step, text, "held" in text)
-        if stop or done or iteration % args.save_every == 0:
-            save(log.dir / "checkpoint.pt", dict(
-                params=named(net, x), optimizers={"x": optimizer.state_dict()}, iteration=iteration,
-                global_step=global_step), args)
-        if done and RANK == 0:
-            write_eval(log.dir, summary(results), global_step, args.seed)
-            print(f"{table(results, args)}\n{log.dir}: {global_step} steps")
-    log.close()
-    return named(net, x)
+    with Run(args, state) as run:
+        stop = False
+        while not stop:
+            logs, returns = meta_update(env, net, x, optimizer, iteration, args)
+            iteration += 1
+            step += args.num_tasks * args.num_episodes * args.horizon * (args.inner_steps + 2)
+            logs |= {f"adapt/return_{k}": v for k, v in zip(["warmup", *range(len(returns) - 1)], returns)}
+            logs["charts/episodic_return"] = returns[-1]  # of the adapted policy
+            done = step >= args.total_steps
+            milestone = done or args.eval_every and iteration % args.eval_every == 0
+            stop = done or bool(gather(torch.tensor([run.interrupted])).any())
+            if milestone:
+                results = evaluate_all(args, net, x, splits_of(args) if done else ["test"])
+                logs |= summary(results)
+            text = f"iteration {iteration}: return {returns[0]:.1f} -> {returns[-1]:.1f}"
+            run.log(logs, step, text, milestone)
+            if stop or iteration % args.save_every == 0:
+                run.save(step, x=x, optimizer=optimizer.state_dict(), iteration=iteration)
+        if done:
+            report(args, results, run.dir, step)
 
 
-if __name__ == "__main__":
-    train(cli(Args, __doc__))
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
+    train(parse())

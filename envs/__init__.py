@@ -21,6 +21,8 @@ live in the scripts. A module is imported when one of its worlds is made: matrix
 
 from importlib import import_module
 
+from .render import Camera as Camera
+
 WORLDS = {  # name: (module, class)
     "ipd": ("matrix_games", "MatrixGame"),
     "rps": ("matrix_games", "MatrixGame"),

@@ -1,9 +1,11 @@
-"""The six scripts are one house: the same rooms, the same common blocks, docstrings that are true."""
+"""The six scripts are one house: the same rooms, the same common blocks, budgets, docstrings that are true."""
 
 import ast
 import importlib
+import io
 import re
 import shlex
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["meta_mapg", "mg2l", "coded_maddpg", "lemol", "tesp", "maml_rl"]
-SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
-ROOMS = ["Arguments", "Environment", "Networks", "Rollout", "Objectives", "Update", "Evaluation",
-         "Logging and checkpoints", "Train"]
+SCRIPTS = [name for name in NAMES if "7. Runs" in (ROOT / f"{name}.py").read_text()]
+ROOMS = ["Arguments", "Environment", "Networks", "Rollout", "Objectives", "Update", "Evaluation", "Runs", "Train"]
 COMMON = ["env", "seed", "device", "num_threads", "total_steps", "eval_every", "eval_episodes", "save_every",
           "run_dir", "resume", "evaluate", "capture_video", "track"]
+BUDGET = {  # script: lines, tokens of code
+    "tesp": (800, 6500), "maml_rl": (800, 6500), "meta_mapg": (900, 8500), "mg2l": (900, 8500),
+    "lemol": (900, 8000), "coded_maddpg": (900, 8000)}
 
 each_script = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -28,34 +32,94 @@ def room(name, number):
     return re.search(rf"^# =+ {number}\. .*?(?=^# =+ \d\. |\Z)", source(name), re.S | re.M).group()
 
 
-def common_arguments(name):
-    return re.search(r"    # --- experiment: .*?(?=    # --- algorithm)", source(name), re.S).group()
+def definition(name, function):
+    """The text of a top-level function."""
+    node = next(n for n in ast.parse(source(name)).body if getattr(n, "name", None) == function)
+    return ast.get_source_segment(source(name), node)
 
 
 def arguments(name):
+    """{field: the comment behind it}"""
     cls = next(n for n in ast.parse(source(name)).body if isinstance(n, ast.ClassDef) and n.name == "Args")
-    return [(n.target.id, cls.body[i + 1]) for i, n in enumerate(cls.body) if isinstance(n, ast.AnnAssign)]
+    lines = source(name).splitlines()
+    return {n.target.id: lines[n.end_lineno - 1].partition("  # ")[2] for n in cls.body if isinstance(n, ast.AnnAssign)}
 
 
+def measure(name):
+    """Lines of a script, its code tokens, tokens a line of code, and the share of non-blank lines that hold
+    commentary: docstrings, comment lines, trailing comments."""
+    text = source(name)
+    lines = text.splitlines()
+    docs, comments, trailing = set(), set(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docs |= set(range(node.lineno, node.end_lineno + 1))
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            (comments if lines[token.start[0] - 1].strip().startswith("#") else trailing).add(token.start[0])
+    full = {i for i, line in enumerate(lines, 1) if line.strip()}
+    docs &= full
+    code = full - docs - comments
+    kinds = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
+    count = sum(token.type in kinds and token.start[0] in code for token in tokens)
+    return len(lines), count, count / len(code), len(docs | comments | trailing) / len(full)
+
+
+# ---------------------------------------------------------------- size and density
+@each_script
+def test_budget(name):
+    lines, tokens, density, commentary = measure(name)
+    assert lines <= BUDGET[name][0] and tokens <= BUDGET[name][1] and density <= 12.5 and commentary >= 0.33
+
+
+@each_script
+def test_functions_fit_on_a_screen_and_have_landmarks(name):
+    text = source(name).splitlines()
+    for node in ast.walk(ast.parse(source(name))):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        length = node.end_lineno - node.lineno + 1
+        assert length <= (70 if node.name == "train" else 60), node.name
+        if length > 22:  # a comment at least every twelve lines
+            first = node.body[0].end_lineno if isinstance(node.body[0], ast.Expr) else node.lineno
+            marks = [first, *(i for i in range(first + 1, node.end_lineno + 1) if "#" in text[i - 1]), node.end_lineno]
+            assert max(b - a for a, b in zip(marks, marks[1:])) <= 13, node.name
+    assert max(map(len, text)) <= 110
+
+
+@each_script
+def test_few_lambdas_and_no_packed_assignments(name):
+    tree = ast.parse(source(name))
+    lambdas = [n for n in ast.walk(tree) if isinstance(n, ast.Lambda)]
+    in_calls = [a for n in ast.walk(tree) if isinstance(n, ast.Call)
+                for a in [*n.args, *(k.value for k in n.keywords)] if isinstance(a, ast.Lambda)]
+    assert len(lambdas) <= 3 and not in_calls
+
+
+def test_plumbing_is_short():
+    for name in SCRIPTS:
+        assert len(room(name, 7).strip().splitlines()) <= 100
+        assert sum(len(room(name, n).strip().splitlines()) for n in (0, 7, 8)) <= 270, name
+
+
+# ---------------------------------------------------------------- one house
 @each_script
 def test_nine_rooms_in_the_same_order(name):
     assert re.findall(r"^# =+ (\d)\. (.+)$", source(name), re.M) == [(str(i), r) for i, r in enumerate(ROOMS)]
 
 
-def test_common_arguments_and_room_7_are_the_same_text_everywhere():
-    assert len({common_arguments(name) for name in SCRIPTS}) == 1
-    assert len({room(name, 7) for name in SCRIPTS}) == 1
+def test_common_blocks_are_the_same_text_everywhere():
+    assert len({room(name, 7) for name in SCRIPTS}) <= 1
+    for function in ("fail", "within", "parse"):
+        assert len({definition(name, function) for name in SCRIPTS}) <= 1, function
 
 
 @each_script
-def test_common_arguments_come_first(name):
-    assert [field for field, _ in arguments(name)][: len(COMMON)] == COMMON
-
-
-@each_script
-def test_every_argument_has_a_help_text(name):
-    for field, after in arguments(name):
-        assert isinstance(after, ast.Expr) and after.value.value.strip(), field
+def test_arguments_have_help_and_the_common_ones_come_first(name):
+    found = arguments(name)
+    assert [*found][: len(COMMON)] == COMMON
+    assert all(text or field == "device" for field, text in found.items())
 
 
 @each_script
@@ -90,15 +154,6 @@ def test_every_command_in_the_docstring_parses(name):
     assert len(commands) >= 3
     for command in commands:
         tyro.cli(module.Args, args=shlex.split(command))
-
-
-@each_script
-def test_sizes(name):
-    for node in ast.walk(ast.parse(source(name))):
-        if isinstance(node, ast.FunctionDef):
-            limit = 80 if node.name == "train" else 60
-            assert node.end_lineno - node.lineno < limit, node.name
-    assert max(map(len, source(name).splitlines())) <= 110
 
 
 def test_scripts_share_nothing_but_envs():

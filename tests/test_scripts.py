@@ -1,16 +1,20 @@
-"""What every script promises beyond its maths: runs, logs, checkpoints, resume, evaluation, bad input."""
+"""What every script promises beyond its maths: runs, logs, checkpoints, resume, evaluation, bad input.
+
+Each tests/test_<script>.py names its smallest run, TINY, the training transitions of one iteration in it,
+STEPS, and command lines that must be refused, BAD. Most promises are tried in this process, through the parser.
+"""
 
 import csv
 import importlib
 import json
 import math
 import os
-import resource
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -18,261 +22,333 @@ import pytest
 import torch
 from test_house_style import ROOT, SCRIPTS
 
-PEERS = str(Path(tempfile.gettempdir()) / f"peers-{os.getpid()}.npz")
-
-# The smallest run of each script (arguments as Python values), and the steps of one outer iteration in it.
-TINY = {
-    "meta_mapg": dict(env="ipd", policy="lstm", num_chains=2, num_episodes=4, horizon=5, chain_length=2,
-                      num_threads=1, save_every=1),
-    "maml_rl": dict(env="nav2d", num_tasks=4, num_episodes=3, horizon=5, eval_tasks=4, eval_episodes=3,
-                    num_threads=1, save_every=1),
-    "tesp": dict(env="nav2d", num_tasks=4, num_episodes=3, horizon=5, hidden=8, gru_units=4, latent_dim=2,
-                 buffer_size=2, eval_tasks=3, num_threads=1, save_every=1),
-    "coded_maddpg": dict(env="simple_spread", horizon=5, batch_size=8, num_units=8, learning_starts=20,
-                         replay_size=200, num_threads=1, eval_episodes=4, save_every=1),
-    "lemol": dict(env="simple_push", traj_per_iter=2, batch_size=2, segment=2, num_episodes=8,
-                  max_episode_len=4, chunk_length=2, num_units=8, lstm_hidden_dim=4,
-                  episode_embedding_dim=4, in_ep_lstm_dim=4, om_training_iters=1,
-                  num_traj_to_train=2, eval_episodes=2, num_threads=1, save_every=1),
-    "mg2l": dict(env="spread", num_envs=3, context_envs=2, horizon=5, hidden=8, latent_dim=4, encoder_units=4,
-                 context_size=4, encoder_updates=2, keys=2, ring_size=3, warm_up=1,
-                 ppo_epochs=2, eval_episodes=2, num_threads=1, save_every=1),
-}
-# A script in another of its worlds, "<script> <world>": what else it needs is made by prepare().
-TINY["meta_mapg half_cheetah_dir"] = TINY["meta_mapg"] | dict(env="half_cheetah_dir", personas=PEERS)
-ITERATION = {"meta_mapg": 2 * 3 * 4 * 5, "meta_mapg half_cheetah_dir": 2 * 3 * 4 * 5,
-             "maml_rl": 4 * 3 * 5 * 2, "tesp": 4 * 3 * 5 * 5,
-             "coded_maddpg": 4 * 5, "lemol": 2 * 2 * 4, "mg2l": (3 + 2) * 5}
-BAD = {  # command lines that must end in one line and exit code 2
-    "meta_mapg": ["--method nonsense", "--num-chains 0", "--num-chains many", "--chain-length 0", "--gamma 1",
-                  "--gradient exact --policy lstm", "--env rps --gradient exact", "--opponent-model",
-                  "--personas missing.npz", "--no-own-learning --no-peer-learning",
-                  "--env half_cheetah_dir --personas missing.npz",
-                  "--env half_cheetah_dir --personas truncated.pt", "--pretrain-peers",
-                  "--env half_cheetah_dir --personas p --policy table",
-                  "--env half_cheetah_dir --personas p --opponent-model"],
-    "maml_rl": ["--method nonsense", "--env ipd", "--inner-steps 0", "--num-tasks 0", "--gamma 2",
-                "--delta 0", "--family fo-ppo --e-maml", "--outer promp --inner-grad dice"],
-    "tesp": ["--buffer nonsense", "--env ipd", "--env ant_goal", "--num-tasks 0", "--buffer-size 0",
-             "--gamma 2", "--inner-steps -1", "--eval-noise -1", "--outer-lr 0"],
-    "coded_maddpg": ["--scheme nonsense", "--env ipd", "--batch-size 0", "--gamma 2", "--seed -1",
-                     "--replay-size 100", "--num-learners 2", "--num-learners 15 --num-agents 16",
-                     "--num-learners 15 --num-agents 7 --scheme ldpc", "--num-learners 3 --num-stragglers 4",
-                     "--num-learners 15 --scheme random --code-p 0.01",
-                     "--num-learners 15 --engine ray --ray-address 127.0.0.1:1",
-                     "--env simple --num-agents 2", "--env simple_tag --num-agents 3 --num-adversaries 3"],
-    "lemol": ["--env simple_spread", "--env ipd", "--om ep --agent-update-freq 1", "--chunk-length 5000",
-              "--bad-policy ppo", "--bad-policy lemol --good-policy lemol", "--good-policy maddpg_lemol",
-              "--bad-policy maddpg_ddpg --good-policy maddpg_ddpg", "--batch-size 2000", "--gamma 2",
-              "--episode-embedding-dim 3", "--om oracle --fully-decentralise-lemol", "--num-episodes many",
-              "--trajectories truncated.pt", "--traj-per-iter 0"],
-    "mg2l": ["--method nonsense", "--env ipd", "--context-envs 0", "--num-envs 0", "--gamma 2", "--lr 0",
-             "--eval-episodes 1", "--num-envs 32 --minibatches 5", "--as-coded --method pearl",
-             "--as-coded --context-size 1", "--n-blocks 1 --encoder-units 6", "--context-size many"],
-}
-EVERYWHERE = ["--env nonsense", "--nonsense 3", "--resume missing.pt", "--resume truncated.pt",
-              "--resume foreign.pt", "--evaluate foreign.pt", "--device nonsense", "--run-dir occupied"]
 each_script = pytest.mark.parametrize("name", SCRIPTS)
-each_world = pytest.mark.parametrize("name", [*SCRIPTS, *(name for name in TINY if " " in name)])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def prepare():
-    """The population of meta_mapg half_cheetah_dir, untrained."""
-    import meta_mapg as m
-
-    weights = torch.randint(-100, 100, (1, sum(math.prod(shape) for shape in m.PEER.values())))
-    m.write_population(PEERS, weights.short().repeat(len(m.KEPT), 1), torch.zeros(500))
-    yield
-    os.unlink(PEERS)
+def tiny(name):
+    tests = importlib.import_module(f"test_{name}")
+    return importlib.import_module(name), tests.TINY, tests.STEPS
 
 
-def flags(**kw):
-    return [x for k, v in kw.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+def words(**kw):
+    """Arguments as words of a command line."""
+    line = []
+    for name, value in kw.items():
+        line += [f"--{'no-' * (value is False)}{name.replace('_', '-')}"]
+        line += [] if isinstance(value, bool) else [str(value)]
+    return line
 
 
-def launch(name, *args, cwd=ROOT, **kw):
-    name = name.split()[0]
-    script = Path(cwd) / f"{name}.py"  # the copy in cwd if there is one
-    command = [sys.executable, str(script if script.exists() else ROOT / f"{name}.py"), *args]
-    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+def call(name, *line):
+    """Run the command line in this process -> exit code, 0 if it comes back."""
+    module = importlib.import_module(name)
+    before, sys.argv = sys.argv, [f"{name}.py", *map(str, line)]
+    try:
+        module.train(module.parse())
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = before
+    return 0
 
 
-def run(name, *args, **kw):
-    process = launch(name, *args, **kw)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def weights(name, folder, iterations=3, without=("rng",), **kw):
-    """All tensors that a run of so many iterations leaves in its checkpoint, without some entries."""
-    module = importlib.import_module(name.split()[0])
-    args = TINY[name] | dict(total_steps=iterations * ITERATION[name], run_dir=str(folder)) | kw
-    module.train(module.Args(**args))
-    return tensors(folder, without)
+def train(name, folder, iterations=3, **kw):
+    """A run of so many iterations -> its folder."""
+    _, args, steps = tiny(name)
+    args = args | dict(total_steps=iterations * steps, run_dir=folder) | kw
+    assert call(name, *words(**args)) == 0
+    return Path(folder)
 
 
 def stored(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 
 
-def tensors(folder, without=("rng",)):
-    def walk(x):
-        if torch.is_tensor(x):
-            return [x]
-        return [t for v in x.values() for t in walk(v)] if isinstance(x, dict) else []
+def tensors_in(x):
+    """All tensors of nested dicts, lists and tuples."""
+    if torch.is_tensor(x):
+        return [x]
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+    return [t for part in parts for t in tensors_in(part)]
 
-    return walk({k: v for k, v in stored(folder).items() if k not in without})
+
+def tensors(folder, without=("rng", "args")):
+    """All tensors of a checkpoint, but for some of its entries."""
+    return tensors_in({k: v for k, v in stored(folder).items() if k not in without})
 
 
-def same(a, b):
+def same(a, b, without=("rng", "args")):
+    a, b = tensors(a, without), tensors(b, without)
     return len(a) == len(b) > 0 and all(map(torch.equal, a, b))
 
 
-def rows(folder):
+def rows(folder, skip="SPS"):
     with open(Path(folder) / "metrics.csv") as file:
-        return [(int(r["step"]), r["tag"], float(r["value"])) for r in csv.DictReader(file)]
+        return [(int(r["step"]), r["tag"], float(r["value"])) for r in csv.DictReader(file)
+                if not re.search(skip, r["tag"])]
 
 
-@each_world
+def launch(name, *line, cwd=ROOT):
+    script = Path(cwd, f"{name}.py")
+    command = [sys.executable, str(script if script.exists() else ROOT / f"{name}.py"), *map(str, line)]
+    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def interrupt_after(monkeypatch, module, number):
+    """Ctrl-C while the number-th iteration is logged."""
+    log, count = module.Run.log, iter(range(10**9))
+
+    def patched(self, *args):
+        log(self, *args)
+        if next(count) + 1 == number:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(module.Run, "log", patched)
+
+
+# ---------------------------------------------------------------- seeds, resume, evaluation
+@each_script
 def test_same_seed_same_weights_other_seed_others(name, tmp_path):
-    one, two, other = (weights(name, tmp_path / d, seed=s) for d, s in (("a", 1), ("b", 1), ("c", 2)))
+    one, two, other = (train(name, tmp_path / d, seed=s) for d, s in (("a", 1), ("b", 1), ("c", -2)))
     assert same(one, two) and not same(one, other)
 
 
-@each_world
+@each_script
 def test_evaluation_leaves_training_alone(name, tmp_path):
-    never = weights(name, tmp_path / "never", without=("rng", "best"), eval_every=0)
-    often = weights(name, tmp_path / "often", without=("rng", "best"), eval_every=1)
-    assert same(never, often)
-    assert torch.equal(*(stored(tmp_path / d)["rng"]["torch"] for d in ("never", "often")))
-
-
-@each_world
-def test_resume_is_bit_exact(name, tmp_path):
-    without = ("rng", "best")  # a run that ends also validates, and may so find a better "best"
-    whole = weights(name, tmp_path / "whole", 4, without)
-    weights(name, tmp_path / "half", 2)
-    again = weights(name, tmp_path / "half", 4, without, resume=str(tmp_path / "half/checkpoint.pt"))
-    assert same(whole, again)
-    # the log reads as if nothing had happened: every row once, and the same rows but for the speed
-    logged = lambda d: [r for r in rows(tmp_path / d) if "SPS" not in r[1] and "eval" not in r[1]]
-    assert logged("whole") == logged("half") and len(logged("half")) == len({r[:2] for r in logged("half")})
+    never = train(name, tmp_path / "never", eval_every=0)
+    often = train(name, tmp_path / "often", eval_every=1)
+    without = ("rng", "args", "best")  # who validates more often may find a better "best"
+    assert same(never, often, without)
+    assert torch.equal(stored(never)["rng"][0], stored(often)["rng"][0])
 
 
 @each_script
-def test_copied_alone_it_runs_and_logs(name, tmp_path):
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
-    shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
-    args = flags(**TINY[name], total_steps=2 * ITERATION[name], run_dir="r")
-    code, out, err = run(name, *args, cwd=tmp_path)
-    assert code == 0, err
-    assert "Traceback" not in err
-    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {f"{name}.py", "envs", "r"}
-    logged = rows(tmp_path / "r")
+def test_ctrl_c_saves_and_resume_is_bit_exact(name, tmp_path, monkeypatch, capsys):
+    module = tiny(name)[0]
+    whole, cut = train(name, tmp_path / "whole", 4), tmp_path / "cut"
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, module, 2)
+        train(name, cut, 4, save_every=100)
+    assert signal.getsignal(signal.SIGINT) is before  # the caller's handler is back
+    assert stored(cut)["step"] == rows(cut)[-1][0] < stored(whole)["step"]
+    with open(cut / "metrics.csv", "a") as file:  # what a killed process logged after its last checkpoint
+        file.write("99999999,charts/episodic_return,1\n")
+    assert call(name, "--resume", cut) == 0  # every other argument comes from the checkpoint
+    assert same(whole, cut) and torch.equal(stored(whole)["rng"][0], stored(cut)["rng"][0])
+    assert rows(whole) == rows(cut)
+
+    # it has ended: one line says so, and nothing changes
+    bytes_before = (cut / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert call(name, "--resume", cut) == 2
+    assert "--evaluate it, or give a larger --total-steps" in capsys.readouterr().err
+    assert (cut / "checkpoint.pt").read_bytes() == bytes_before
+
+
+@each_script
+def test_resume_refuses_what_it_cannot_change(name, tmp_path, capsys):
+    module, args, _ = tiny(name)
+    folder = train(name, tmp_path / "r", 1)
+    before = (folder / "checkpoint.pt").read_bytes(), (folder / "args.json").read_text()
+    rate = next(n for n in ("outer_lr", "lr") if n in {f.name for f in module.fields(module.Args)})
+    for extra in ((f"--{rate.replace('_', '-')}", 0.123), ("--run-dir", tmp_path / "other"), ("--seed", 9)):
+        assert call(name, "--resume", folder, "--total-steps", 10**6, *extra) == 2
+        assert "cannot change" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert ((folder / "checkpoint.pt").read_bytes(), (folder / "args.json").read_text()) == before
+
+
+@each_script
+def test_evaluate_prints_the_table_of_the_end_twice(name, tmp_path, capsys, monkeypatch):
+    folder = train(name, tmp_path / "r", 2)
+    final = (folder / "eval.json").read_text()
+    tables = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert call(name, "--evaluate", folder / "checkpoint.pt") == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and len(tables[0].splitlines()) > 2
+    assert (folder / "eval.json").read_text() == final
+
+    def refuse(self, *args, **kw):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:  # a folder that is read-only
+        patch.setattr(Path, "write_text", refuse)
+        assert call(name, "--evaluate", folder) == 0
+    out = capsys.readouterr()
+    assert out.out == tables[0] and "no eval.json" in out.err
+
+
+@each_script
+def test_what_a_run_logs(name, tmp_path, capsys):
+    folder = train(name, tmp_path / "r", 2)
+    out, logged = capsys.readouterr().out, rows(folder, skip="^$")
     tags = {tag for _, tag, _ in logged}
-    assert {"charts/episodic_return", "charts/SPS", "charts/episodic_return/agent_0"} <= tags
-    assert max(step for step, _, _ in logged) == 2 * ITERATION[name]
-    args, final = (json.loads((tmp_path / "r" / f).read_text()) for f in ("args.json", "eval.json"))
-    assert args["env"] == TINY[name]["env"] and None not in (args["total_steps"], args["num_threads"])
-    assert final["global_step"] == 2 * ITERATION[name] and final["seed"] == args["seed"]
+    assert {"charts/episodic_return", "charts/SPS"} <= tags and len(logged) == len({r[:2] for r in logged})
+    assert out.startswith(f"{name}: {tiny(name)[1]['env']}, seed 1, ") and str(folder) in out.splitlines()[0]
+    args, final = (json.loads((folder / f).read_text()) for f in ("args.json", "eval.json"))
+    assert args["env"] == tiny(name)[1]["env"] and final["global_step"] == logged[-1][0] and final["seed"] == 1
     assert {tag for tag in final if tag.startswith("eval/")} <= tags
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(tmp_path / "r")).Reload()
+    board = EventAccumulator(str(folder)).Reload()
     for tag in tags:
         events, mine = board.Scalars(tag), [(s, v) for s, t, v in logged if t == tag]
         assert [e.step for e in events] == [s for s, _ in mine]
-        assert [e.value for e in events] == pytest.approx([v for _, v in mine], rel=1e-4), tag
+        assert [e.value for e in events] == pytest.approx([v for _, v in mine], rel=1e-4, nan_ok=True), tag
 
 
-def wait_for(path, process, seconds=120):
-    end = time.time() + seconds
-    while not path.exists():
-        assert process.poll() is None and time.time() < end, process.communicate()
-        time.sleep(0.02)
-
-
-@each_world
-def test_kill_9_then_resume_gives_the_same_weights(name, tmp_path):
-    whole, steps = weights(name, tmp_path / "whole", iterations=40), 40 * ITERATION[name]
-    process = launch(name, *flags(**TINY[name], total_steps=steps, run_dir=tmp_path / "killed"))
-    checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    wait_for(checkpoint, process)
-    process.kill()
-    process.wait()
-    assert stored(tmp_path / "killed")["global_step"] < steps
-    code, _, err = run(name, "--resume", str(checkpoint))  # the rest of the arguments is in the checkpoint
-    assert code == 0, err
-    assert same(whole, tensors(tmp_path / "killed"))
-
-
-@each_world
-def test_ctrl_c_saves_first(name, tmp_path):
-    process = launch(name, *flags(**TINY[name], total_steps=10**6 * ITERATION[name], run_dir=tmp_path / "r"))
-    wait_for(tmp_path / "r" / "checkpoint.pt", process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in err
-    last = max(step for step, _, _ in rows(tmp_path / "r"))
-    assert stored(tmp_path / "r")["global_step"] == last  # nothing that was logged is lost
-
-
-@each_world
-def test_evaluate_prints_the_same_table_twice(name, tmp_path):
-    weights(name, tmp_path)
-    final = (tmp_path / "eval.json").read_text()
-    (_, one, _), (_, two, _) = (run(name, "--evaluate", str(tmp_path / "checkpoint.pt")) for _ in range(2))
-    assert one == two and len(one.splitlines()) > 2
-    assert (tmp_path / "eval.json").read_text() == final  # that of the training run, to the digit
+# ---------------------------------------------------------------- folders
+@each_script
+def test_runs_of_one_second_get_folders_of_their_own(name, tmp_path, monkeypatch):
+    module, args, steps = tiny(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.time, "time", lambda: 1000.0 + next(ticks) * 1e-3)
+    ticks = iter(range(10**9))
+    made = [Path(run.dir) for run in (module.Run(module.Args()) for _ in range(3))]
+    stem = f"{module.Args().env}__{name}__1__1000"
+    assert [folder.name for folder in made] == [stem, f"{stem}-2", f"{stem}-3"]
 
 
 @each_script
-def test_a_non_finite_loss_stops_the_run_and_spares_the_checkpoint(name, tmp_path):
-    weights(name, tmp_path)
-    state = stored(tmp_path)
-    next(iter(state["params"]["theta"].values())).fill_(float("nan"))
-    torch.save(state, tmp_path / "checkpoint.pt")
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    code, _, err = run(name, *flags(resume=tmp_path / "checkpoint.pt", total_steps=6 * ITERATION[name]))
-    assert code == 1 and len(err.strip().splitlines()) == 1 and "not finite" in err
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+def test_a_non_finite_loss_ends_the_run_and_spares_the_checkpoint(name, tmp_path, capsys):
+    folder, steps = train(name, tmp_path / "r", 2), tiny(name)[2]
+    state = stored(folder)
+    poison(state)
+    torch.save(state, folder / "checkpoint.pt")
+    before = (folder / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert call(name, "--resume", folder, "--total-steps", 6 * steps) == 1
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1 and "not finite" in err
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def poison(state):
+    """NaN into every floating tensor of a checkpoint but the random states."""
+    for key, value in state.items():
+        if key not in ("rng", "args"):
+            for tensor in tensors_in(value):
+                if tensor.is_floating_point():
+                    tensor.fill_(math.nan)
 
 
 @each_script
-def test_a_full_disk_leaves_the_last_checkpoint(name, tmp_path):
-    weights(name, tmp_path)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    half = len(before) // 2  # as if the disk were full: no file may grow beyond this
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
-    more = flags(resume=tmp_path / "checkpoint.pt", total_steps=6 * ITERATION[name])
-    code, _, err = run(name, *more, preexec_fn=limit)
-    assert code == 2 and len(err.strip().splitlines()) == 1, err
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp"))
+def test_a_full_disk_leaves_the_last_checkpoint(name, tmp_path, capsys, monkeypatch):
+    folder, (module, _, steps) = train(name, tmp_path / "r", 2), tiny(name)
+    before = (folder / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.torch, "save", full)
+    assert call(name, "--resume", folder, "--total-steps", 4 * steps) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("name, line", [(name, line) for name in SCRIPTS for line in EVERYWHERE + BAD[name]])
-def test_bad_input_is_one_line_and_exit_code_2(name, line, tmp_path):
+# ---------------------------------------------------------------- bad input
+EVERYWHERE = ["--env nonsense", "--nonsense 3", "--resume missing.pt", "--resume truncated.pt",
+              "--resume foreign.pt", "--evaluate foreign.pt", "--device nonsense", "--run-dir occupied",
+              "--num-threads 0", "--total-steps many", "--capture-video", "--resume a --evaluate b"]
+
+
+@each_script
+def test_bad_input_ends_with_code_2_and_writes_nothing(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "truncated.pt").write_bytes(b"PK\x03\x04 not the whole of it")
-    torch.save({"script": "another"}, tmp_path / "foreign.pt")
+    torch.save({"script": "another", "args": {}}, tmp_path / "foreign.pt")
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "metrics.csv").write_text("precious\n")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    code, out, err = run(name, *line.split(), cwd=tmp_path)
-    assert code == 2 and out == "" and len(err.strip().splitlines()) == 1, err
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    for line in EVERYWHERE + importlib.import_module(f"test_{name}").BAD:
+        assert call(name, *line.split()) == 2, line
+        out, err = capsys.readouterr()
+        tyro_box = f"{name}.py --help" in err  # tyro's own words
+        assert out == "" and (len(err.strip().splitlines()) == 1 or tyro_box), (line, err)
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before, line
 
 
-@pytest.mark.parametrize("name", [n for n in TINY if n.split()[0] in SCRIPTS
-                                  and "torchrun" in (ROOT / f"{n.split()[0]}.py").read_text()])
+@each_script
+def test_a_checkpoint_of_another_version_is_named(name, tmp_path, capsys):
+    folder = train(name, tmp_path / "r", 1)
+    state = stored(folder)
+    for change in (lambda s: s["args"].pop("seed"), lambda s: s["args"].update(gone=1), lambda s: s.pop("version")):
+        other = {**state, "args": dict(state["args"])}
+        change(other)
+        torch.save(other, folder / "checkpoint.pt")
+        for flag in ("--resume", "--evaluate"):
+            assert call(name, flag, folder) == 2
+            err = capsys.readouterr().err
+            assert len(err.strip().splitlines()) == 1 and "version" in err
+
+
+@each_script
+def test_help_shows_the_values_of_the_world(name, capsys):
+    module = tiny(name)[0]
+    for env, changes in module.PRESETS.items():
+        assert call(name, "--env", env, "--help") == 0
+        out = " ".join(re.sub("│", " ", capsys.readouterr().out.split("show this help message")[1]).split())
+        args = module.Args(**module.preset(module.Args(env=env)))
+        for field, value in vars(args).items():
+            flag = re.search(rf"--{field.replace('_', '-')}[ ,].*?\(default: ([^)]*)\)", out)
+            assert flag and flag[1].replace(" ", "") == str(value).replace(" ", ""), (env, field)
+
+
+# ---------------------------------------------------------------- as a user starts it
+@each_script
+def test_copied_alone_killed_and_resumed(name, tmp_path):
+    """The one test a script that starts processes: the copy needs nothing but envs/."""
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
+    _, args, steps = tiny(name)
+    args = args | dict(total_steps=20 * steps, save_every=1)
+    whole = train(name, tmp_path / "whole", 20, save_every=1)
+    process = launch(name, *words(**args, run_dir="r"), cwd=tmp_path)
+    end = time.time() + 120
+    while not (tmp_path / "r" / "checkpoint.pt").exists():
+        assert process.poll() is None and time.time() < end, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    process = launch(name, "--resume", "r", cwd=tmp_path)
+    _, err = process.communicate(timeout=300)
+    ended = "this run ended" in err  # the kill came after the last checkpoint
+    assert (process.returncode == 0 or ended) and "Traceback" not in err, err
+    assert same(whole, tmp_path / "r")
+    assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {f"{name}.py", "envs", "r", "whole"}
+
+
+@each_script
+def test_in_a_notebook(name):
+    """Pasted into a cell there is no __file__, and nothing starts."""
+    scope = {"__name__": "__main__"}
+    exec(compile((ROOT / f"{name}.py").read_text(), "cell", "exec"), scope)
+    assert scope["SCRIPT"] == "notebook" and callable(scope["train"])
+
+
+@each_script
+def test_training_from_python_leaves_the_arguments_alone(name, tmp_path):
+    module, args, steps = tiny(name)
+    args = module.Args(**args, total_steps=steps, run_dir=str(tmp_path / "r"))
+    before = dict(vars(args))
+    thread = threading.Thread(target=module.train, args=(args,))  # not the main thread: no signal handlers
+    thread.start()
+    thread.join()
+    assert vars(args) == before and (tmp_path / "r" / "eval.json").exists()
+
+
+@pytest.mark.parametrize("name", [n for n in SCRIPTS if "torchrun" in (ROOT / f"{n}.py").read_text()])
 def test_two_processes_give_the_result_of_one(name, tmp_path):
-    one = weights(name, tmp_path / "one")
-    args = flags(**TINY[name], total_steps=3 * ITERATION[name], run_dir=tmp_path / "two")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, f"{name.split()[0]}.py", *args]
+    one, (_, args, steps) = train(name, tmp_path / "one"), tiny(name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               f"{name}.py", *words(**args, total_steps=3 * steps, run_dir=tmp_path / "two")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = tensors(tmp_path / "two")
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(one, two)) and len(one) == len(two)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(tensors(one), two, strict=True))

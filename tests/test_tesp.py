@@ -11,11 +11,18 @@ from test_house_style import ROOT
 
 import tesp
 from envs.goal_robots import TEXTS
-from tesp import Args, Batch, Episodes, Net, Play, adapted, keep, pack, through_policy
+from tesp import Args, Batch, Episodes, Net, Play, adapted, keep
 
 close = torch.testing.assert_close
 S, A, U, D = 3, 2, 4, 3  # observation, action, GRU units, embedding
 FEATURES = S + 2 * A + 1
+
+# for tests/test_scripts.py: the smallest run, the transitions of one iteration in it, lines that are refused
+TINY = dict(env="nav2d", num_tasks=4, num_episodes=3, horizon=5, hidden=8, gru_units=4, latent_dim=2,
+            buffer_size=2, eval_tasks=3, num_threads=1, save_every=1)
+STEPS = 4 * 3 * 5 * 5
+BAD = ["--buffer nonsense", "--env ipd", "--env ant_goal", "--num-tasks 0", "--buffer-size 0", "--gamma 2",
+       "--inner-steps -1", "--outer-lr -1"]
 
 
 @pytest.fixture
