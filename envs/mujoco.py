@@ -160,7 +160,7 @@ class Locomotion:
         return torch.tensor(x, dtype=dtype, device=self.device)  # a copy: the arrays change at the next step
 
     def sample_tasks(self, n, split="train"):
-        """(n, D) tasks. The two directions are a fair coin in both splits: there is nothing to hold out."""
+        """(n, D) tasks. The two directions are a fair coin, and take turns in "test": there are no others."""
         low, high = self.ranges[self.kind]
         tasks = uniform_tasks(n, [low] * self.task_dim, [high] * self.task_dim, split)
         return (tasks.sign() if self.kind == "dir" else tasks).to(self.device)

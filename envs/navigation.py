@@ -75,15 +75,24 @@ def check_task(task, env):
 
 
 def uniform_tasks(n, low, high, split):
-    """(n, len(low)) tasks, uniform on the box between `low` and `high`, from torch's global CPU stream. The
-    box is cut along its first coordinate into 100 stripes, of which every fifth (2, 7, ..., 97) is "test" and
-    the others "train": the splits do not overlap, and both cover the box evenly."""
+    """(n, len(low)) tasks on the box between `low` and `high`, from torch's global CPU stream. The box is cut
+    along its first coordinate into 100 stripes, of which every fifth (2, 7, ..., 97) is "test" and the others
+    "train": the splits do not overlap, and both cover the box evenly. "train" draws uniformly. "test" is
+    stratified, so that few tasks stand for the box: they go round the stripes, now in the lower half, now in
+    the upper one, and along every other coordinate each n-th part of the box gets one."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     stripe = torch.arange(STRIPES)
     stripe = stripe[(stripe % 5 == 2) == (split == "test")]
-    u = torch.rand(n, len(low))
+    u, half = torch.rand(n, len(low)), len(stripe) // 2
+    if split == "train":
+        row = torch.randint(len(stripe), (n,))
+    else:
+        k = torch.arange(n)
+        row = k // 2 % half + half * (k % 2)
+        slices = torch.stack([torch.randperm(n) for _ in low], 1)  # (n, len(low))
+        u[:, 1:] = (slices[:, 1:] + u[:, 1:]) / n
     # 1 % off the edges of a stripe, so that rounding does not carry a task over them
-    u[:, 0] = (stripe[torch.randint(len(stripe), (n,))] + 0.01 + 0.98 * u[:, 0]) / STRIPES
+    u[:, 0] = (stripe[row] + 0.01 + 0.98 * u[:, 0]) / STRIPES
     low, high = torch.tensor(low), torch.tensor(high)
     return low + (high - low) * u
