@@ -650,18 +650,19 @@ def evaluate_all(args, net, x):
 
 
 def statistics(tasks, batches):
-    """Mean returns over the tasks, and half the 95 % interval, which is over different tasks, {"": ...}. Where
-    only two to four are different, each gets a row of its own, over independent adaptations to it, and the mean
-    gives all of them the same weight, however often each was drawn."""
+    """{"": (mean return, half its 95 % interval over different tasks)}. Where tasks repeat, as two directions
+    do, each has a row of its own, over independent adaptations to it, and counts the same in the mean."""
     returns = torch.stack([batch.reward.sum(1).mean(1) for batch in batches], 1).cpu()  # (n, steps + 1)
     kinds, which = tasks.cpu().unique(dim=0, return_inverse=True)
-    groups = {f"/task_{'_'.join(f'{v:g}' for v in kind)}": returns[which == i] for i, kind in enumerate(kinds.tolist())}
-    means = torch.stack([group.mean(0) for group in groups.values()])  # (kinds, steps + 1)
-    if len(kinds) > 4:
+    groups = [returns[which == i] for i in range(len(kinds))]
+    means = torch.stack([group.mean(0) for group in groups])  # (kinds, steps + 1)
+    if 2 * len(kinds) > len(tasks):
         return {"": (means.mean(0), interval(means))}
-    halves = torch.stack([interval(group) for group in groups.values()])
-    mean = {"": (means.mean(0), halves.norm(dim=0) / len(kinds))}
-    return mean | dict(zip(groups, zip(means, halves)))
+    halves = torch.stack([interval(group) for group in groups])
+    rows = {"": (means.mean(0), halves.norm(dim=0) / len(kinds))}
+    for kind, mean, half in zip(kinds.tolist(), means, halves):
+        rows["/task_" + "_".join(f"{number:g}" for number in kind)] = mean, half
+    return rows
 
 
 def interval(x):
