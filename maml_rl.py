@@ -26,24 +26,21 @@ MAML for reinforcement learning: initial weights from which one gradient step on
   Symbols    theta  {name: (...)}       phi_k  (M, P), one row per task    alpha  step sizes, shaped as theta
              D_k, V  batches (M, H, E)  g_k    (M, P)                      z      latent (d,), input to pi
              M tasks, K inner steps, E episodes, H steps, O obs, A actions, P numbers in a policy.
-  Departures [D1] F is exact at pi_old, but comes from every fifth episode (--fisher-every). The authors take
-                  finite differences of the KL's gradient on all of them.
+  Departures [D1] (8) is exact, but on every fifth episode only (--fisher-every). The authors take finite
+                  differences of the KL's gradient, on all of them.
              [D2] --inner-grad ratio is the default. The MAML paper's loglik has the right first derivative
                   and a wrong second one; ratio lacks the terms across time only, dice none, but is noisy.
              [D3] All steps of a task weigh the same; steps after an early end weigh nothing.
-             [D4] MAESN's latent is a variable with one start z_0 for all tasks, as in the code of TESP, not a
-                  distribution for each training task.
+             [D4] MAESN's latent is a variable with one start z_0 for all tasks, as in the code of TESP.
              [D5] E-MAML weighs the score of D by the return after adaptation, centred over the tasks.
-             [D6] nav2d: an action is a displacement, tanh 64-64, inner step 0.1; second command: the authors'.
-                  Robots: an action of 1 is a tenth of full torque, 0.05 s a step. Returns under different
-                  choices must not be compared.
+             [D6] nav2d: an action is a displacement, tanh 64-64, alpha 0.1; second command: the authors' way.
+                  Robots: an action of 1 is a tenth of full torque, 0.05 s a step.
   Run        python maml_rl.py --env nav2d                          # MAML, TRPO
              python maml_rl.py --env nav2d --action-scale 0.1 --inner-lr 0.5 --hidden 100 --activation relu
              python maml_rl.py --env nav2d --method meta-sgd        # or maesn, or pretrained: the control
              python maml_rl.py --env nav2d --first-order            # FOMAML; --e-maml: E-MAML
              python maml_rl.py --env nav2d --outer promp --total-steps 8000000
-             python maml_rl.py --env half_cheetah_dir               # 500 iterations
-             torchrun --nproc-per-node 2 maml_rl.py --env nav2d     # tasks shared out: the same result
+             python maml_rl.py --env half_cheetah_dir               # 500 iterations: hours
              python maml_rl.py --evaluate runs/x --capture-video    # the table, and play.gif
 """
 
@@ -61,12 +58,15 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Annotated, Literal, NamedTuple, Optional
 
-import envs
 import torch
 import tyro
+from torch import Tensor
+from torch.autograd import grad
+from torch.distributions import Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 from tyro.constructors import PrimitiveConstructorSpec
 
+import envs
 
 # ================================================================ 0. Arguments
 SCRIPT = Path(globals().get("__file__", "notebook.py")).stem
@@ -124,7 +124,7 @@ class Args:
     num_tasks: Count = 20  # M, tasks per meta-iteration, over all processes
     num_episodes: Count = 20  # E, episodes of a task in a batch
     horizon: Count = 100  # H, steps of an episode
-    action_scale: Size = 1.0  # what a policy action of 1 does: a displacement in nav2d, a share of full torque
+    action_scale: Size = 1.0  # factor on the policy's actions; full torque is 1, a nav2d step at most 0.1
     gamma: Share = 0.99  # discount, eqs. (1) and (2)
     gae_lambda: Share = 1.0  # lambda of eq. (2)
     inner_lr: Size = 0.1  # alpha of eq. (4), or its initial value where it is learned
@@ -146,28 +146,22 @@ class Args:
 
 
 ROBOT = dict(total_steps=80_000_000, eval_every=50, eval_episodes=20, horizon=200, action_scale=0.1)  # [D6]
-PRESETS = {"nav2d": {}, "half_cheetah_dir": ROBOT, "half_cheetah_vel": ROBOT, "ant_dir": ROBOT, "ant_vel": ROBOT,
-           "ant_goal": ROBOT}  # what differs from the defaults
+PRESETS = {"nav2d": {}} | dict.fromkeys(
+    ("half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel", "ant_goal"), ROBOT)
 
 
 def preset(args):
     """What replaces the defaults where the command line is silent."""
-    changes = dict(PRESETS.get(args.env, {}))
-    if args.method == "maesn":
-        changes["inner_lr"] = 1.0  # a latent takes larger steps than a policy
-    if args.e_maml:
-        changes["inner_grad"] = "loglik"
-    return changes
+    latent = dict(inner_lr=1.0) if args.method == "maesn" else {}  # takes larger steps than a policy
+    return PRESETS.get(args.env, {}) | latent | (dict(inner_grad="loglik") if args.e_maml else {})
 
 
 def check(args):
     """Refuse what no single argument can be blamed for."""
     if args.num_tasks % WORLD:
         fail(f"--num-tasks {args.num_tasks} does not divide among {WORLD} processes")
-    if args.outer == "promp" and args.inner_grad != "ratio":
-        fail(f"--outer promp needs --inner-grad ratio, not {args.inner_grad}")
-    if args.e_maml and args.inner_grad != "loglik":
-        fail(f"--e-maml needs --inner-grad loglik: {args.inner_grad} counts the sampling of D already")
+    if args.e_maml and args.inner_grad != "loglik" or args.outer == "promp" and args.inner_grad != "ratio":
+        fail("--e-maml needs --inner-grad loglik, --outer promp needs ratio")
 
 
 def parse():
@@ -209,32 +203,37 @@ def make_env(args, num_envs):
 # ================================================================ 2. Networks
 # A policy is a dict {name: tensor}; the policies of M tasks are one dict with the tasks in front, and a layer
 # is one batched product for all tasks and rows. The inner and outer steps (section 5) see the same numbers as
-# a vector of length P: flatten and unflatten go between the two without changing anything.
-LOG_STD_MIN = math.log(1e-6)
-
-
+# a vector phi of length P.
 class Net(NamedTuple):
     shapes: dict  # {name: shape} in the order of the flat vector
+    adapts: Tensor  # (P,), 1 where the inner steps move phi, else 0
     activation: str
 
+    def unflatten(self, phi):
+        """(..., P) -> {name: (..., *shape)}, views."""
+        parts = phi.split([shape.numel() for shape in self.shapes.values()], -1)
+        return {k: part.unflatten(-1, shape) for (k, shape), part in zip(self.shapes.items(), parts)}
 
-def flatten(p, shapes):
-    """{name: (..., *shape)} -> (..., P)."""
-    return torch.cat([p[k].flatten(p[k].dim() - len(shape)) for k, shape in shapes.items()], -1)
+    def __call__(self, phi, obs):
+        """The Gaussians of policies phi (M, P) at obs (M, ..., O): mean and log_std, (M, ..., A)."""
+        p, act = self.unflatten(phi), getattr(torch, self.activation)
+        x = obs.flatten(1, -2)  # (M, R, O), R rows
+        if "z" in p:
+            x = torch.cat([x, p["z"][:, None].expand(-1, x.shape[1], -1)], -1)  # (M, R, O + d)
+        for l in range(3):
+            x = torch.baddbmm(p[f"b{l}"][:, None], x, p[f"w{l}"])  # (M, R, hidden), at last (M, R, A)
+            x = act(x) if l < 2 else x
+        log_std = p["log_std"][:, None].expand_as(x).clamp(min=math.log(1e-6))
+        return [y.unflatten(1, obs.shape[1:-1]) for y in (x, log_std)]
 
 
-def unflatten(x, shapes):
-    """(..., P) -> {name: (..., *shape)}, views."""
-    parts = x.split([math.prod(shape) for shape in shapes.values()], -1)
-    return {k: part.unflatten(-1, shape) for (k, shape), part in zip(shapes.items(), parts)}
-
-
-def make_policy(obs_dim, action_dim, hidden, latent_dim=0):
+def make_policy(obs_dim, action_dim, hidden, latent_dim):
     """{name: tensor} of O (+ d) -> hidden -> hidden -> mean, and a log_std that no input changes: weights
     Xavier-uniform, the rest 0. latent_dim > 0 adds MAESN's z, a random direction of norm 0.01."""
-    sizes, p = [obs_dim + latent_dim, hidden, hidden, action_dim], {}
+    p = {}
+    sizes = [obs_dim + latent_dim, hidden, hidden, action_dim]
     for l, (n, m) in enumerate(zip(sizes, sizes[1:])):
-        p[f"w{l}"] = (2 * torch.rand(n, m) - 1) * math.sqrt(6 / (n + m))
+        p[f"w{l}"] = torch.nn.init.xavier_uniform_(torch.empty(n, m))
         p[f"b{l}"] = torch.zeros(m)
     p["log_std"] = torch.zeros(action_dim)
     if latent_dim:
@@ -243,48 +242,39 @@ def make_policy(obs_dim, action_dim, hidden, latent_dim=0):
     return p
 
 
-def policy(p, obs, activation="tanh"):
-    """The Gaussian of M policies, {name: (M, ...)}, at obs (M, H, E, O) or (M, E, O): mean and log_std, with A
-    in place of O."""
-    act = torch.tanh if activation == "tanh" else torch.relu
-    x = obs.flatten(1, -2)  # (M, R, O), R rows
-    if "z" in p:
-        x = torch.cat([x, p["z"][:, None].expand(-1, x.shape[1], -1)], -1)  # (M, R, O + d)
-    for l in range(3):
-        x = torch.baddbmm(p[f"b{l}"][:, None], x, p[f"w{l}"])  # (M, R, hidden), at last (M, R, A)
-        x = act(x) if l < 2 else x
-    mean = x.unflatten(1, obs.shape[1:-1])
-    log_std = p["log_std"].view(len(mean), *[1] * (mean.dim() - 2), -1).expand_as(mean)
-    return mean, log_std.clamp(min=LOG_STD_MIN)
+def build(args, env):
+    """The net, x = [theta, alpha] (2P,) and Adam."""
+    latent = args.latent_dim if args.method == "maesn" else 0
+    p = make_policy(env.obs_dims[0], env.action_dims[0], args.hidden, latent)
+    theta = torch.cat([v.flatten() for v in p.values()])
+    adapts = torch.ones_like(theta)
+    if latent:
+        adapts[:-latent] = 0  # only z, the last entry of p, takes inner steps
+    net = Net({k: v.shape for k, v in p.items()}, adapts.to(args.device), args.activation)
+    x = torch.cat([theta, torch.full_like(theta, args.inner_lr)]).to(args.device)
+    return net, x, torch.optim.Adam([x], lr=args.outer_lr)
 
 
 # ================================================================ 3. Rollout
 # All tasks and episodes are played as one batch of B = M E rows; row r belongs to task r // E. No graph is
 # recorded while playing: what is differentiated is computed anew from (obs, action), in one piece.
-class Play(NamedTuple):
-    obs: torch.Tensor  # (M, H, E, O)
-    action: torch.Tensor  # (M, H, E, A)
-    reward: torch.Tensor  # (M, H, E), 0 after an early end
-    mask: torch.Tensor  # (M, H, E), 1 up to and with the last step of the episode, 0 after it
-
-
 @torch.no_grad()
-def rollout(env, net, phi, tasks, noise, action_scale):
-    """Play one batch with policies phi (M, P) on tasks (M, D); noise (H, M, E, A) is what the actions are drawn
-    with."""
+def rollout(env, net, phi, tasks, noise, args):
+    """Play policies phi (M, P) on tasks (M, D), with noise (H, M, E, A) in the actions -> obs (M, H, E, O),
+    action (M, H, E, A), reward (M, H, E) and mask (M, H, E), 1 up to and with an episode's last step."""
     H, M, E, _ = noise.shape
-    p, steps = unflatten(phi, net.shapes), []
     noise = noise.to(phi)
+    steps = []
     obs = env.reset(tasks.repeat_interleave(E, 0))  # (B, O)
-    alive = torch.ones(M, E, device=phi.device, dtype=phi.dtype)
+    alive = torch.ones(M, E).to(phi)
     for t in range(H):
-        x = obs.to(phi.dtype).view(M, E, -1)
-        mean, log_std = policy(p, x, net.activation)
+        x = obs.to(phi).view(M, E, -1)
+        mean, log_std = net(phi, x)
         action = mean + log_std.exp() * noise[t]  # (M, E, A)
-        obs, reward, terminated, _, _ = env.step(action_scale * action.flatten(0, 1).float())
-        steps.append((x, action, reward.view(M, E).to(phi.dtype) * alive, alive))
+        obs, reward, terminated, *_ = env.step(args.action_scale * action.flatten(0, 1).float())
+        steps.append((x, action, reward.view(M, E) * alive, alive))
         alive = alive * ~terminated.view(M, E)
-    return Play(*(torch.stack(x, 1) for x in zip(*steps)))
+    return [torch.stack(x, 1) for x in zip(*steps)]
 
 
 # ================================================================ 4. Objectives
@@ -305,19 +295,14 @@ def linear_baseline(obs, target, mask, ridge=1e-5):
     solver that stands singular features: an environment that never moves has them."""
     M, H, E = target.shape
     o = obs.double().clamp(-10, 10)
-    t = (torch.arange(H, device=obs.device, dtype=torch.float64) / 100).view(1, H, 1, 1).expand(M, H, E, 1)
-    x = torch.cat([o, o * o, t, t**2, t**3, torch.ones_like(t)], -1) * mask[..., None].double()
-
-    # the normal equations of each task; a ridge that proves too small grows tenfold
+    t = (torch.arange(H).to(o) / 100)[:, None, None].expand(M, H, E, 1)
+    x = torch.cat([o, o * o, t, t**2, t**3, t**0], -1) * mask[..., None]
+    # the normal equations of each task
     x, y = x.flatten(1, 2), target.double().flatten(1, 2)[..., None]  # (M, HE, 2O + 4), (M, HE, 1)
-    gram, moment = (x.mT @ x).cpu(), (x.mT @ y).cpu()
-    eye = torch.eye(x.shape[-1], dtype=torch.float64)
-    w = torch.full_like(moment, math.nan)
-    for attempt in range(5 if gram.isfinite().all() and moment.isfinite().all() else 0):
-        w = torch.linalg.lstsq(gram + ridge * 10**attempt * eye, moment, driver="gelsd").solution
-        if w.isfinite().all():
-            break
-    return (x @ w.to(x.device)).view(M, H, E).to(target.dtype)
+    gram = x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x)
+    numbers = [n.nan_to_num().cpu() for n in (gram, x.mT @ y)]  # the solver hangs on NaN; the loss reports it
+    w = torch.linalg.lstsq(*numbers, driver="gelsd").solution.to(x.device)
+    return (x @ w).view_as(target).to(target)
 
 
 def gae(reward, value, mask, gamma, gae_lambda):
@@ -328,33 +313,21 @@ def gae(reward, value, mask, gamma, gae_lambda):
     return returns_to_go((reward + gamma * next_value - value) * mask, gamma * gae_lambda)
 
 
-def normalize(adv, mask):
+def normalize(adv, weight):
     """adv (M, H, E) with mean 0 and standard deviation 1 over the valid steps of each task, and the standard
     deviation that it had, (M, 1, 1)."""
-    n = mask.sum((1, 2), keepdim=True)
-    adv = (adv - (adv * mask).sum((1, 2), keepdim=True) / n) * mask
-    std = ((adv**2).sum((1, 2), keepdim=True) / n + 1e-16).sqrt()
+    adv = (adv - (weight * adv).sum((1, 2), keepdim=True)) * (weight > 0)
+    std = ((weight * adv**2).sum((1, 2), keepdim=True) + 1e-16).sqrt()
     return adv / std, std
-
-
-def log_prob(mean, log_std, action):
-    """log N(action; mean, std), summed over the last dimension: (..., A) -> (...)."""
-    z = (action - mean) * (-log_std).exp()
-    return -(0.5 * z**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def gaussian_kl(mean_0, log_std_0, mean_1, log_std_1):
     """eq. (7): KL(N_0 || N_1), summed over the last dimension: (..., A) -> (...)."""
-    ratio = ((mean_0 - mean_1) ** 2 + (2 * log_std_0).exp()) * (-2 * log_std_1).exp()
-    return (log_std_1 - log_std_0 + 0.5 * (ratio - 1)).sum(-1)
+    pair = Normal(mean_0, log_std_0.exp(), False), Normal(mean_1, log_std_1.exp(), False)
+    return kl_divergence(*pair).sum(-1)
 
 
-def box(z):
-    """DiCE's magic box: value 1, derivative that of z."""
-    return torch.exp(z - z.detach())
-
-
-def inner_loss(logprob, old_logprob, adv, weight, kind="ratio"):
+def inner_loss(logprob, old_logprob, adv, weight, kind):
     """eq. (3): -mean w_t A_t -> (M,). The gradient at the sampling policy is the same for the three kinds of
     w_t; only the second derivatives differ [D2]."""
     if kind == "loglik":
@@ -362,8 +335,9 @@ def inner_loss(logprob, old_logprob, adv, weight, kind="ratio"):
     elif kind == "ratio":
         w = torch.exp(logprob - old_logprob)
     else:  # box(c_t) - box(c_{t-1}), c the sum of log-probabilities so far: the score of one step alone
-        c = box(logprob.cumsum(1))
-        w = c - torch.cat([torch.ones_like(c[:, :1]), c[:, :-1]], 1)
+        c = logprob.cumsum(1)
+        box = torch.exp(c - c.detach())  # DiCE's magic box: value 1, derivative that of c
+        w = box.diff(dim=1, prepend=torch.ones_like(c[:, :1]))
     return -(weight * w * adv).sum((1, 2))
 
 
@@ -376,46 +350,32 @@ def surrogate(logprob, old_logprob, adv, weight, clip_coef=None):
     return -(weight * gain).sum((1, 2))
 
 
-def exploration_score(logprob, old_logprob, weight, score):
-    """E-MAML's part of eq. (12), -score_i log p_theta(D) -> (M,): how well it served the update that theta
-    sampled just these episodes. D is all E of them, so their log-probabilities add up; steps are averaged, as
-    they are in eq. (5). The old log-probabilities make it 0 at the policy that sampled."""
-    E = logprob.shape[2]
-    return -score * E * (weight * (logprob - old_logprob)).sum((1, 2))
-
-
 # ================================================================ 5. Update
 # phi_K is a function of x = [theta, alpha] through all inner steps, and autograd keeps it as one graph. The
-# outer gradient goes back through that graph; the Fisher product goes forward and back along it. Each task has
-# its own copy of x, a row of (M, 2P), so that one backward pass gives the gradients of all tasks.
+# outer gradient goes back through that graph; the Fisher product goes forward and back along it. Each task
+# has its own copy of x, a row of (M, 2P), so that one backward pass gives the gradients of all tasks.
 class Batch(NamedTuple):
-    obs: torch.Tensor  # (M, H, E, O)
-    action: torch.Tensor  # (M, H, E, A)
-    reward: torch.Tensor  # (M, H, E)
-    weight: torch.Tensor  # (M, H, E)
-    adv: torch.Tensor  # (M, H, E), normalised
-    scale: torch.Tensor  # (M, 1, 1), the standard deviation of adv before that
-    mean: torch.Tensor  # (M, H, E, A) of the policy that acted, as are the next two
-    log_std: torch.Tensor  # (M, H, E, A)
-    logprob: torch.Tensor  # (M, H, E)
+    obs: Tensor  # (M, H, E, O)
+    action: Tensor  # (M, H, E, A)
+    ret: Tensor  # (M, 1, 1), the mean undiscounted return of an episode
+    weight: Tensor  # (M, H, E)
+    adv: Tensor  # (M, H, E), normalised
+    scale: Tensor  # (M, 1, 1), the standard deviation of adv before that
+    mean: Tensor  # (M, H, E, A) of the policy that acted, as are the next two
+    log_std: Tensor  # (M, H, E, A)
+    logprob: Tensor  # (M, H, E)
 
 
 class Chain(NamedTuple):
-    x: torch.Tensor  # (M, 2P), [theta, alpha] of each task, the leaf of the graph
+    x: Tensor  # (M, 2P), [theta, alpha] of each task, the leaf of the graph
     phis: list  # phi_0 .. phi_K, (M, P)
     batches: list  # D_0 .. D_{K-1}, V
 
 
-# Under torchrun every process plays a share of the tasks. All draw the random numbers of all tasks and keep
-# their share; they gather the same means and take the same step, so no weights need to be sent. Only the first
-# process (RANK 0) keeps its run folder.
+# Under torchrun every process draws the tasks and the noise of all, plays its share, chunk(WORLD)[RANK],
+# gathers the means over all tasks and takes the same step: no weights are sent. Rank 0 keeps the run folder.
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
-
-
-def share(x, dim=0):
-    """What belongs to this process of x, which is the same in all processes."""
-    return x.chunk(WORLD, dim)[RANK]
 
 
 def gather(x):
@@ -427,77 +387,81 @@ def gather(x):
     return torch.cat(parts).to(x.device)
 
 
-def distribution(net, phi, batch):
+def distribution(net, phi, obs, action):
     """mean, log_std (M, H, E, A) and the log-probability (M, H, E) of the actions taken, under phi (M, P)."""
-    mean, log_std = policy(unflatten(phi, net.shapes), batch.obs, net.activation)
-    return mean, log_std, log_prob(mean, log_std, batch.action)
+    mean, log_std = net(phi, obs)
+    return mean, log_std, Normal(mean, log_std.exp(), False).log_prob(action).sum(-1)
 
 
 @torch.no_grad()
 def process(net, phi, play, args):
-    """Play -> Batch: eqs. (1) and (2), and the policy that acted."""
-    value = linear_baseline(play.obs, returns_to_go(play.reward, args.gamma), play.mask)
-    adv = gae(play.reward, value, play.mask, args.gamma, args.gae_lambda)
-    adv, scale = normalize(adv, play.mask)
-    weight = play.mask / play.mask.sum((1, 2), keepdim=True)  # [D3]
-    return Batch(play.obs, play.action, play.reward, weight, adv, scale, *distribution(net, phi, play))
+    """A rollout -> Batch: eqs. (1) and (2), and the policy that acted."""
+    obs, action, reward, mask = play
+    weight = mask / mask.sum((1, 2), keepdim=True)  # [D3]
+    value = linear_baseline(obs, returns_to_go(reward, args.gamma), mask)
+    adv, scale = normalize(gae(reward, value, mask, args.gamma, args.gae_lambda), weight)
+    ret = reward.sum(1, keepdim=True).mean(2, keepdim=True)
+    return Batch(obs, action, ret, weight, adv, scale, *distribution(net, phi, obs, action))
 
 
 def adapt(net, x, source, num_steps, args, second_order=False):
-    """eq. (4), K = num_steps times from x (M, 2P) -> Chain. source(k, phi) gives the k-th batch: it plays a new
-    one, or hands out a stored one. With second_order each g_k stays a function of x; else it is a constant."""
+    """eq. (4), num_steps times from x (M, 2P) -> Chain. source(phi) gives a batch: it plays a new one, or
+    hands out a stored one. With second_order each g_k stays a function of x; else it is a constant."""
     x = x.detach().clone().requires_grad_()
     phi, alpha = x.chunk(2, -1)
-    chain = Chain(x, [phi], [source(0, phi.detach())])
+    if args.method not in ("meta-sgd", "maesn"):
+        alpha = alpha.detach()  # not learned
+    chain = Chain(x, [phi], [source(phi.detach())])
     for k in range(num_steps):
         # the inner gradient: the tasks' losses are summed, and each row of phi sees its own
-        start, batch = phi if second_order else phi.detach().requires_grad_(), chain.batches[k]
-        *_, logprob = distribution(net, start, batch)
-        loss = inner_loss(logprob, batch.logprob, batch.adv, batch.weight, args.inner_grad).sum()
-        g = torch.autograd.grad(loss, start, create_graph=second_order)[0]
+        D = chain.batches[k]
+        start = phi if second_order else phi.detach().requires_grad_()
+        *_, logprob = distribution(net, start, D.obs, D.action)
+        loss = inner_loss(logprob, D.logprob, D.adv, D.weight, args.inner_grad).sum()
+        g = grad(loss, start, create_graph=second_order)[0]  # (M, P)
 
         # the step, and the batch that the new policy plays
         factor = 1.0 if k < args.inner_steps else args.eval_later_lr
-        phi = phi - factor * alpha * g
+        phi = phi - factor * alpha * net.adapts * g
         chain.phis.append(phi)
-        chain.batches.append(source(k + 1, phi.detach()))
+        chain.batches.append(source(phi.detach()))
     return chain
 
 
 def readapt(net, x, batches, args, second_order=False):
-    """The inner steps anew from x (2P,) on stored batches."""
-
-    def stored(k, phi):
-        return batches[k]
-
-    return adapt(net, x.expand(len(batches[0].obs), -1), stored, len(batches) - 1, args, second_order)
+    """The inner steps anew from x (2P,), on stored batches."""
+    stored = iter(batches)
+    source = lambda phi: next(stored)
+    return adapt(net, x.expand(len(batches[0].obs), -1), source, len(batches) - 1, args, second_order)
 
 
 def outer_objective(net, chain, scores, args):
     """eqs. (5) and (12): the outer loss (M,), and KL(pi_old || pi) on V (M,)."""
-    V, K = chain.batches[-1], len(chain.phis) - 1
-    mean, log_std, logprob = distribution(net, chain.phis[-1], V)
+    V = chain.batches[-1]
+    mean, log_std, logprob = distribution(net, chain.phis[-1], V.obs, V.action)
     loss = surrogate(logprob, V.logprob, V.adv, V.weight, None if args.outer == "trpo" else args.clip_coef)
     kl = (V.weight * gaussian_kl(V.mean, V.log_std, mean, log_std)).sum((1, 2))
 
-    # what was sampled on the way: E-MAML's score, ProMP's distance
-    for phi, D in zip(chain.phis, chain.batches[:-1]) if args.e_maml or args.outer == "promp" else ():
-        mean, log_std, logprob = distribution(net, phi, D)
-        if args.e_maml:
-            loss = loss + exploration_score(logprob, D.logprob, D.weight, scores)
+    # what was sampled on the way there
+    wanted = args.e_maml or args.outer == "promp"
+    for phi, D in zip(chain.phis, chain.batches[:-1]) if wanted else ():
+        mean, log_std, logprob = distribution(net, phi, D.obs, D.action)
+        if args.e_maml:  # the log-probabilities of E episodes add up; steps are averaged, as in eq. (5)
+            log_p = D.adv.shape[2] * (D.weight * (logprob - D.logprob)).sum((1, 2))
+            loss = loss - scores * log_p
         if args.outer == "promp":
             moved = gaussian_kl(D.mean, D.log_std, mean, log_std)
-            loss = loss + args.kl_coef / K * (D.weight * moved).sum((1, 2))
+            loss = loss + args.kl_coef / args.inner_steps * (D.weight * moved).sum((1, 2))
     if args.method == "maesn":
-        loss = loss + args.latent_coef * (unflatten(chain.phis[-1], net.shapes)["z"] ** 2).mean(1)
+        loss = loss + args.latent_coef * (net.unflatten(chain.phis[-1])["z"] ** 2).mean(1)
     return loss, kl
 
 
 def meta_gradient(net, chain, scores, args):
     """The means over all tasks of the loss, of the KL, and of dL/dx (2P,), eq. (6)."""
     loss, kl = outer_objective(net, chain, scores, args)
-    g = torch.autograd.grad(loss.sum(), chain.x)[0]  # (M, 2P)
-    means = gather(torch.cat([loss[:, None], kl[:, None], g], 1).detach()).mean(0)
+    g = grad(loss.sum(), chain.x)[0]  # (M, 2P)
+    means = gather(torch.column_stack([loss, kl, g]).detach()).mean(0)
     return means[0], means[1], means[2:]
 
 
@@ -507,31 +471,32 @@ def thin(batch, every):
     return batch._replace(weight=batch.weight / batch.weight.sum((1, 2), keepdim=True))
 
 
-def fisher_product(net, chain):
-    """eq. (8) as a function v -> F v, (2P,) -> (2P,). KL and its gradient vanish at pi_old, so its Hessian is
-    J' M J, with M that of the KL by (mean, log std): diag(1 / std^2, 2) [D1]."""
+def fisher_product(net, chain, damping):
+    """eq. (8) as a function v -> F v + damping v, (2P,) -> (2P,). KL and its gradient vanish at pi_old, so
+    its Hessian is J' M J, with M that of the KL by (mean, log std): diag(1 / std^2, 2) [D1]."""
     V = chain.batches[-1]
-    mean, log_std, _ = distribution(net, chain.phis[-1], V)
+    mean, log_std = net(chain.phis[-1], V.obs)
     out = torch.cat([mean, log_std], -1)  # (M, H, E, 2A)
-    metric = torch.cat([(-2 * log_std).exp(), torch.full_like(log_std, 2)], -1).detach()
+    metric = torch.cat([(-2 * log_std).exp(), 0 * log_std + 2], -1).detach()
     # J'u is linear in u, so its derivative by u, at any u, is J: a forward derivative from two backward ones
     u = torch.zeros_like(out, requires_grad=True)
-    transposed = torch.autograd.grad(out, chain.x, u, create_graph=True)[0]  # (M, 2P)
+    transposed = grad(out, chain.x, u, create_graph=True)[0]  # (M, 2P)
 
     def product(v):
-        jv = torch.autograd.grad(transposed, u, v.expand_as(chain.x), retain_graph=True)[0]
+        jv = grad(transposed, u, v.expand_as(chain.x), retain_graph=True)[0]
         weighted = V.weight[..., None] * metric * jv  # (M, H, E, 2A)
-        return gather(torch.autograd.grad(out, chain.x, weighted, retain_graph=True)[0]).mean(0)
+        return gather(grad(out, chain.x, weighted, retain_graph=True)[0]).mean(0) + damping * v
 
     return product
 
 
-def conjugate_gradient(product, g, iters, tolerance=1e-10):
-    """eq. (9): x with product(x) = g, and the residual g - product(x), which comes for free. All (n,)."""
-    x, r = torch.zeros_like(g), g.clone()
-    p, rr = r, r @ r
+def conjugate_gradient(product, g, iters):
+    """eq. (9): x with product(x) = g, approximately. All (n,)."""
+    x = torch.zeros_like(g)
+    r = p = g
+    rr = r @ r
     for _ in range(iters):
-        if rr < tolerance:
+        if rr < 1e-10:
             break
         z = product(p)
         step = rr / (p @ z)
@@ -539,135 +504,119 @@ def conjugate_gradient(product, g, iters, tolerance=1e-10):
         r = r - step * z
         p = r + (r @ r) / rr * p
         rr = r @ r
-    return x, r
+    return x
 
 
-def trpo_step(x, loss, g, product, trial, delta, cg_iters=10, backtrack=0.8, trials=15):
+def trpo_step(x, loss, g, product, trial, delta, cg_iters, backtrack=0.8, trials=15):
     """eq. (10): the first x - backtrack^j s, j = 0..trials-1, with a lower loss and KL <= delta; x itself if
     there is none. trial(x) -> loss, KL. Returns the new x, its loss, its KL, and j."""
-    d, residual = conjugate_gradient(product, g, cg_iters)
-    curvature = d @ (g - residual)  # d' F d
-    step = (2 * delta / curvature.clamp(min=1e-30)).sqrt() * d
+    d = conjugate_gradient(product, g, cg_iters)
+    step = (2 * delta / (d @ product(d)).clamp(min=1e-30)).sqrt() * d
     for j in range(trials):
         new = x - backtrack**j * step
         new_loss, kl = trial(new)
         if new_loss < loss and kl <= delta:
             return new, new_loss, kl, j
-    return x, loss, torch.zeros_like(loss), trials
+    return x, loss, 0.0, trials
 
 
-def trpo_update(net, chain, x, mask, scores, args):
-    """The outer step of eqs. (5)-(10); `mask` (2P,) is 1 where x is learned. Changes x in place."""
+def trpo_update(net, chain, x, scores, args):
+    """The outer step of eqs. (5)-(10). Changes x (2P,) in place."""
     loss, _, g = meta_gradient(net, chain, scores, args)
-    g = g * mask
-
     # the curvature, from a part of the episodes [D1]
     few = [thin(batch, args.fisher_every) for batch in chain.batches]
-    fisher = fisher_product(net, readapt(net, x, few, args, not args.first_order))
-
-    def product(v):
-        return mask * fisher(mask * v) + args.damping * v
+    again = readapt(net, x, few, args, not args.first_order)
+    fisher = fisher_product(net, again, args.damping)
 
     def trial(new):
         again = readapt(net, new, chain.batches, args)
         with torch.no_grad():
             return gather(torch.stack(outer_objective(net, again, scores, args), 1)).mean(0)  # loss, KL
 
-    new, loss, kl, backtracks = trpo_step(x, loss, g, product, trial, args.delta, args.cg_iters)
+    new, loss, kl, j = trpo_step(x, loss, g, fisher, trial, args.delta, args.cg_iters)
     x.copy_(new)
-    return {"losses/outer": loss, "losses/kl": kl, "losses/backtracks": backtracks, "grad/norm_outer": g.norm()}
+    return {"losses/outer": loss, "losses/kl": kl, "losses/backtracks": j, "grad/norm_outer": g.norm()}
 
 
-def ppo_update(net, chain, x, mask, scores, optimizer, args):
+def ppo_update(net, chain, x, scores, optimizer, args):
     """eq. (11): `epochs` steps of Adam on the clipped loss. The batches stay; the inner steps are taken anew
-    from the x that Adam has reached. Changes x in place."""
+    from the x that Adam has reached. Changes x (2P,) in place."""
     for epoch in range(args.epochs):
         if epoch:
             chain = readapt(net, x, chain.batches, args, not args.first_order)
-        loss, kl, g = meta_gradient(net, chain, scores, args)
-        x.grad = g * mask
+        loss, kl, x.grad = meta_gradient(net, chain, scores, args)
         optimizer.step()
     return {"losses/outer": loss, "losses/kl": kl, "grad/norm_outer": x.grad.norm()}
 
 
-def train_steps(args):
-    """Inner steps in training: K, or none for the control that never adapts."""
-    return 0 if args.method == "pretrained" else args.inner_steps
-
-
-def meta_update(env, net, x, mask, optimizer, args):
+def meta_update(env, net, x, optimizer, args):
     """One meta-iteration, the algorithm box; x = [theta, alpha] (2P,) changes in place. Returns {tag: value}
     and the mean return of an episode after 0..K inner steps, (K + 1,)."""
-    tasks = share(env.sample_tasks(args.num_tasks))  # (M, D)
+    tasks = env.sample_tasks(args.num_tasks).chunk(WORLD)[RANK]  # (M, D)
 
-    def play(k, phi):
-        noise = share(torch.randn(env.horizon, args.num_tasks, args.num_episodes, env.action_dims[0]), 1)
-        return process(net, phi, rollout(env, net, phi, tasks, noise, args.action_scale), args)
+    def play(phi):
+        noise = torch.randn(env.horizon, args.num_tasks, args.num_episodes, env.action_dims[0])
+        noise = noise.chunk(WORLD, 1)[RANK]  # (H, M, E, A)
+        return process(net, phi, rollout(env, net, phi, tasks, noise, args), args)
 
-    # inner steps
-    chain = adapt(net, x.expand(len(tasks), -1), play, train_steps(args), args, not args.first_order)
-    returns = torch.stack([batch.reward.sum(1).mean(1) for batch in chain.batches], 1)  # (M, K + 1)
-    means = gather(returns).mean(0)
+    # inner steps; the control takes none
+    K = args.inner_steps * (args.method != "pretrained")
+    chain = adapt(net, x.expand(len(tasks), -1), play, K, args, not args.first_order)
+    returns = gather(torch.cat([batch.ret for batch in chain.batches], 1)).mean(0).flatten()  # (K + 1,)
 
     # outer step; E-MAML's weights are in the units of V's normalised advantages [D5]
-    scores = (returns[:, -1] - means[-1]) / chain.batches[-1].scale.flatten()
+    scores = ((chain.batches[-1].ret - returns[-1]) / chain.batches[-1].scale).flatten()  # (M,)
     if args.outer == "trpo":
-        return trpo_update(net, chain, x, mask, scores, args), means
-    return ppo_update(net, chain, x, mask, scores, optimizer, args), means
+        return trpo_update(net, chain, x, scores, args), returns
+    return ppo_update(net, chain, x, scores, optimizer, args), returns
 
 
 # ================================================================ 6. Evaluation
 # Meta-test: held-out tasks, the same in every evaluation and for every seed; inner steps without derivatives
 # through them; beyond the steps of training alpha shrinks (eval_later_lr), as in the MAML authors' code. Own
 # environment and own random stream: evaluations do not change what is learned.
-TEST_SEED = 1
-
-
-def evaluate(args, net, x, env=None, tasks=None):
+def evaluate(args, net, x, env=None):
     """Adapt x (2P,) to test tasks -> the tasks (n, D) and their batches after 0..eval_steps inner steps."""
     n, E = args.eval_tasks, args.eval_episodes
     with torch.random.fork_rng():
-        torch.manual_seed(TEST_SEED)
+        torch.manual_seed(1)
         env = env or make_env(args, n * E)
-        tasks = env.sample_tasks(n, "test") if tasks is None else tasks
+        tasks = env.sample_tasks(n, "test")
         torch.manual_seed((args.seed + 10_000) % 2**64)
 
-        def play(k, phi):
+        def play(phi):
             noise = torch.randn(env.horizon, n, E, env.action_dims[0])
-            return process(net, phi, rollout(env, net, phi, tasks, noise, args.action_scale), args)
+            return process(net, phi, rollout(env, net, phi, tasks, noise, args), args)
 
         return tasks, adapt(net, x.expand(n, -1), play, args.eval_steps, args).batches
 
 
 def evaluate_all(args, net, x):
-    """{row: (mean, half of its 95 % interval), both (steps + 1,)}: what was learned, then, if there are few tasks,
-    each of them, then the control: the run's own random start."""
+    """statistics() of what was learned, and of the control: the run's own random start."""
     with torch.random.fork_rng():
         torch.manual_seed(args.seed % 2**64)
         start = build(args, make_env(args, 1))[1]
-    learned, control = (statistics(*evaluate(args, net, y)) for y in (x, start))
-    return {f"eval{name}": row for name, row in learned.items()} | {"eval/random": control[""]}
+    control = statistics("eval/random", *evaluate(args, net, start))
+    return statistics("eval", *evaluate(args, net, x)) | control
 
 
-def statistics(tasks, batches):
-    """{"": (mean return, half its 95 % interval over different tasks)}. Where tasks repeat, as two directions
-    do, each has a row of its own, over independent adaptations to it, and counts the same in the mean."""
-    returns = torch.stack([batch.reward.sum(1).mean(1) for batch in batches], 1).cpu()  # (n, steps + 1)
+def statistics(name, tasks, batches):
+    """{name: (mean return, half its 95 % interval over different tasks)}, both (steps + 1,). Where tasks
+    repeat, as two directions do, each has a row of its own and counts the same in the mean."""
+    returns = torch.cat([batch.ret for batch in batches], 1)[..., 0].cpu()  # (n, steps + 1)
     kinds, which = tasks.cpu().unique(dim=0, return_inverse=True)
-    groups = [returns[which == i] for i in range(len(kinds))]
-    means = torch.stack([group.mean(0) for group in groups])  # (kinds, steps + 1)
     if 2 * len(kinds) > len(tasks):
-        return {"": (means.mean(0), interval(means))}
-    halves = torch.stack([interval(group) for group in groups])
-    rows = {"": (means.mean(0), halves.norm(dim=0) / len(kinds))}
-    for kind, mean, half in zip(kinds.tolist(), means, halves):
-        rows["/task_" + "_".join(f"{number:g}" for number in kind)] = mean, half
-    return rows
+        return {name: interval(returns)}
+    rows = {}
+    for i, kind in enumerate(kinds.tolist()):
+        rows[f"{name}/task_" + "_".join(f"{v:g}" for v in kind)] = interval(returns[which == i])
+    means, halves = (torch.stack(x) for x in zip(*rows.values()))
+    return {name: (means.mean(0), halves.norm(dim=0) / len(kinds))} | rows
 
 
 def interval(x):
-    """Half width of the 95 % interval of the mean over dimension 0."""
-    return 1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))
+    """The mean over dimension 0 and half the width of its 95 % interval."""
+    return x.mean(0), 1.96 * x.std(0) / math.sqrt(len(x))
 
 
 def summary(results):
@@ -681,13 +630,18 @@ def summary(results):
 
 def table(results, args):
     """The adaptation table: return of an episode before and after each inner step."""
-    steps = range(args.eval_steps + 1)
-    lines = [f"{args.env}: return on {args.eval_tasks} held-out tasks after 0..{args.eval_steps} inner steps, ± 95 % "
-             "interval", f"{'':24s}" + "".join(f"{f'{k} steps':>16s}" for k in steps)]
-    for name, (mean, half) in results.items():
-        label = {"eval": args.method, "eval/random": "random start"}.get(name, name.removeprefix("eval/"))
-        lines.append(f"{label:24s}" + "".join(f"{m:>8.1f} ± {h:<5.1f}" for m, h in zip(mean, half)))
+    lines = [f"{args.env}, {args.method}: return on {args.eval_tasks} held-out tasks, ± 95 % interval",
+             " " * 20 + "".join(f"{k:>10d} steps" for k in range(args.eval_steps + 1))]
+    for name, row in results.items():
+        lines.append(f"{name:20s}" + "".join(f"{mean:>8.1f} ± {half:<5.1f}" for mean, half in zip(*row)))
     return "\n".join(lines)
+
+
+def film(args, net, x, folder):
+    """play.gif: one held-out task before and after an inner step."""
+    camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
+    evaluate(args, net, x, camera)
+    print(camera.save(folder / "play.gif", {"before": 0, "after one inner step": 1}))
 
 
 # ================================================================ 7. Runs
@@ -792,30 +746,10 @@ class Run:
 
 
 # ================================================================ 8. Train
-def build(args, env):
-    """The net, x = [theta, alpha] (2P,), the mask (2P,) of what is learned in it, and Adam."""
-    latent = args.latent_dim if args.method == "maesn" else 0
-    theta = make_policy(env.obs_dims[0], env.action_dims[0], args.hidden, latent)
-    net = Net({k: tuple(v.shape) for k, v in theta.items()}, args.activation)
-    adapts = {k: torch.full_like(v, float(not latent or k == "z")) for k, v in theta.items()}
-    adapts = flatten(adapts, net.shapes)  # (P,), 1 where the inner steps move theta
-    x = torch.cat([flatten(theta, net.shapes), args.inner_lr * adapts]).to(args.device)
-    learned = adapts if args.method in ("meta-sgd", "maesn") else torch.zeros_like(adapts)
-    mask = torch.cat([torch.ones_like(adapts), learned]).to(args.device)
-    return net, x, mask, torch.optim.Adam([x], lr=args.outer_lr)
-
-
 def report(args, results, folder, step):
     """Print the table of an evaluation and write eval.json."""
     print(table(results, args))
     write_eval(folder, summary(results) | {"global_step": step, "seed": args.seed})
-
-
-def film(args, net, x, folder):
-    """play.gif: one held-out task before and after an inner step."""
-    camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
-    evaluate(args, net, x, camera)
-    print(camera.save(folder / "play.gif", {"before": 0, "after one inner step": 1}))
 
 
 def train(args):
@@ -825,7 +759,8 @@ def train(args):
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     env = make_env(args, args.num_tasks // WORLD * args.num_episodes)
-    net, x, mask, optimizer = build(args, env)
+    net, x, optimizer = build(args, env)
+    # an earlier run
     state, iteration, step = None, 0, 0
     if path := args.resume or args.evaluate:
         state = load(path)
@@ -842,7 +777,7 @@ def train(args):
     with Run(args, state) as run:
         stop = False
         while not stop:
-            logs, returns = meta_update(env, net, x, mask, optimizer, args)
+            logs, returns = meta_update(env, net, x, optimizer, args)
             iteration += 1
             step += args.num_tasks * args.num_episodes * env.horizon * len(returns)
             logs |= {f"adapt/return_{k}": v for k, v in enumerate(returns)}
