@@ -1,7 +1,9 @@
 """The maths of maml_rl.py: known answers, finite differences, an oracle, and a gymnasium environment."""
 
 import importlib.util
+import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -499,3 +501,54 @@ def test_a_row_for_each_task_where_tasks_repeat():
     rows = m.statistics("eval", torch.arange(5)[:, None], batches)  # different tasks: one interval over them
     assert set(rows) == {"eval"} and rows["eval"][0][0].item() == pytest.approx(4.6)
     assert rows["eval"][1][0].item() == pytest.approx(1.96 * ret.std().item() / math.sqrt(5))
+
+
+# ---------------------------------------------------------------- bring your own
+def pendulums(name, num_envs, device="cpu", **options):
+    """Pendulum-v1 with the gravity as the task."""
+    import gymnasium
+
+    from envs.adapters import from_gymnasium
+
+    class Gravity(gymnasium.Wrapper):
+        def reset(self, *, seed=None, options=None):
+            self.unwrapped.g = options["g"]
+            return self.env.reset(seed=seed)
+
+    env = from_gymnasium(lambda: Gravity(gymnasium.make("Pendulum-v1")), num_envs, horizon=8, device=device)
+    reset = env.reset
+    env.reset = lambda tasks: reset([{"g": g} for g in tasks[:, 0].tolist()])
+    env.sample_tasks = lambda n, split="train": 5 + 10 * torch.rand(n, 1)
+    return env
+
+
+def test_a_gymnasium_environment_trains_resumes_and_evaluates(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gymnasium")
+    monkeypatch.setattr(m.envs, "make", pendulums)
+
+    def call(*line):
+        monkeypatch.setattr(sys, "argv", ["maml_rl.py", *map(str, line)])
+        m.train(m.parse())
+
+    steps = 2 * 3 * 8 * 2  # the environment's horizon counts, whatever --horizon says
+    line = "--env pendulum --num-tasks 2 --num-episodes 3 --hidden 8 --eval-tasks 2 --eval-episodes 2".split()
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    call(*line, "--total-steps", 4 * steps, "--run-dir", whole)
+    call(*line, "--total-steps", 2 * steps, "--run-dir", cut)
+    call("--resume", cut, "--total-steps", 4 * steps)
+    assert json.loads((whole / "eval.json").read_text())["global_step"] == 4 * steps
+    assert (whole / "eval.json").read_text() == (cut / "eval.json").read_text()
+    table = capsys.readouterr().out.split("\n")[-4:]
+    call("--evaluate", cut)
+    assert capsys.readouterr().out.split("\n")[-4:] == table
+
+
+def test_an_environment_it_cannot_play_is_refused_in_one_line(monkeypatch, capsys):
+    for odd in dict(discrete=True), dict(num_agents=2), dict(sample_tasks=None):
+        env = SimpleNamespace(**dict(discrete=False, num_agents=1, sample_tasks=print) | odd)
+        if odd == dict(sample_tasks=None):
+            del env.sample_tasks
+        monkeypatch.setattr(m.envs, "make", lambda *a, env=env, **kw: env)
+        with pytest.raises(SystemExit) as stopped:
+            m.make_env(small(), 1)
+        assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
