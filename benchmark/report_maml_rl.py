@@ -73,8 +73,8 @@ def table(results):
     """One line for each result and one for each world's random start, for README.md."""
     rows, seen = [], set()
     for result in in_order(results):
-        label = f"{method(result)} {others(result)}".strip()
-        lines = [("eval", label), *((row, f"{label}, {row.removeprefix('eval/')}") for row in by_task(result))]
+        name = f"{method(result)} {others(result)}".strip()
+        lines = [("eval", name), *((row, f"{name}, {row[5:]}") for row in by_task(result))]
         if world(result) not in seen:
             lines.append(("eval/random", "random start"))
         seen.add(world(result))
