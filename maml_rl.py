@@ -300,7 +300,7 @@ def linear_baseline(obs, target, mask, ridge=1e-5):
     # the normal equations of each task
     x, y = x.flatten(1, 2), target.double().flatten(1, 2)[..., None]  # (M, HE, 2O + 4), (M, HE, 1)
     gram = x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x)
-    numbers = [n.nan_to_num().cpu() for n in (gram, x.mT @ y)]  # the solver hangs on NaN; the loss reports it
+    numbers = [n.nan_to_num().cpu() for n in (gram, x.mT @ y)]  # LAPACK takes no NaN; the loss will show it
     w = torch.linalg.lstsq(*numbers, driver="gelsd").solution.to(x.device)
     return (x @ w).view_as(target).to(target)
 
