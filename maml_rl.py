@@ -35,7 +35,7 @@ MAML for reinforcement learning: initial weights from which one gradient step on
              [D5] E-MAML weighs the score of D by the return after adaptation, centred over the tasks.
              [D6] nav2d: an action is a displacement, tanh 64-64, alpha 0.1; second command: the authors' way.
                   Robots: an action of 1 is a tenth of full torque, 0.05 s a step.
-  Run        python maml_rl.py --env nav2d          # 2 min; return -39, -14, -11, -10 after 0 .. 3 inner steps
+  Run        python maml_rl.py --env nav2d          # 2 min: -39, -14, -11, -10 after 0 .. 3 inner steps
              python maml_rl.py --env nav2d --action-scale 0.1 --inner-lr 0.5 --hidden 100 --activation relu
              python maml_rl.py --env nav2d --method meta-sgd        # or maesn, or pretrained: the control
              python maml_rl.py --env nav2d --first-order            # FOMAML; --e-maml: E-MAML
