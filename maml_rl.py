@@ -186,13 +186,13 @@ def parse():
 
 
 # ================================================================ 1. Environment
-def make_env(args, num_envs):
+def make_env(args, num_envs, part=(0, 1)):
     # The contract (envs/__init__.py); bring your own world by returning an object with these members:
     #   num_envs B, horizon, num_agents 1, discrete False, obs_dims (O,), action_dims (A,), device
     #   reset(task) -> obs (B, O), one task a row;  sample_tasks(n, split) -> (n, task_dim)
     #   step(action (B, A)) -> obs, reward (B, 1), terminated (B,), truncated (B,), info
     try:
-        env = envs.make(args.env, num_envs, horizon=args.horizon, device=args.device)
+        env = envs.make(args.env, num_envs, args.horizon, args.device, args.num_threads, part)
     except ValueError as error:
         fail(error)
     if env.num_agents != 1 or env.discrete or not hasattr(env, "sample_tasks"):
@@ -758,7 +758,7 @@ def train(args):
     torch.set_num_threads(args.num_threads)
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
-    env = make_env(args, args.num_tasks // WORLD * args.num_episodes)
+    env = make_env(args, args.num_tasks // WORLD * args.num_episodes, (RANK, WORLD))
     net, x, optimizer = build(args, env)
     # an earlier run
     state, iteration, step = None, 0, 0

@@ -504,7 +504,7 @@ def test_a_row_for_each_task_where_tasks_repeat():
 
 
 # ---------------------------------------------------------------- bring your own
-def pendulums(name, num_envs, device="cpu", **options):
+def pendulums(name, num_envs, *common):
     """Pendulum-v1 with the gravity as the task."""
     import gymnasium
 
@@ -515,7 +515,7 @@ def pendulums(name, num_envs, device="cpu", **options):
             self.unwrapped.g = options["g"]
             return self.env.reset(seed=seed)
 
-    env = from_gymnasium(lambda: Gravity(gymnasium.make("Pendulum-v1")), num_envs, horizon=8, device=device)
+    env = from_gymnasium(lambda: Gravity(gymnasium.make("Pendulum-v1")), num_envs, horizon=8)
     reset = env.reset
     env.reset = lambda tasks: reset([{"g": g} for g in tasks[:, 0].tolist()])
     env.sample_tasks = lambda n, split="train": 5 + 10 * torch.rand(n, 1)
