@@ -323,8 +323,8 @@ def normalize(adv, weight):
 
 def gaussian_kl(mean_0, log_std_0, mean_1, log_std_1):
     """eq. (7): KL(N_0 || N_1), summed over the last dimension: (..., A) -> (...)."""
-    pair = Normal(mean_0, log_std_0.exp(), False), Normal(mean_1, log_std_1.exp(), False)
-    return kl_divergence(*pair).sum(-1)
+    return kl_divergence(
+        Normal(mean_0, log_std_0.exp(), False), Normal(mean_1, log_std_1.exp(), False)).sum(-1)
 
 
 def inner_loss(logprob, old_logprob, adv, weight, kind):
@@ -462,7 +462,7 @@ def meta_gradient(net, chain, scores, args):
     loss, kl = outer_objective(net, chain, scores, args)
     g = grad(loss.sum(), chain.x)[0]  # (M, 2P)
     means = gather(torch.column_stack([loss, kl, g]).detach()).mean(0)
-    return means[0], means[1], means[2:]
+    return *means[:2], means[2:]
 
 
 def thin(batch, every):
