@@ -55,9 +55,15 @@ def adaptation(result, row="eval"):
     return mean, [runs[0][f"{row}/return_{k}_ci95"] for k in steps], "tasks, 1 seed"
 
 
+def by_task(result):
+    """The rows of single tasks, where there are few: eval/task_-1, eval/task_1."""
+    final = next(iter(result.final.values()))
+    return sorted({tag.rpartition("/")[0] for tag in final if tag.startswith("eval/task_")})
+
+
 def paper_row(result, row="eval"):
     """The authors' numbers, if they are of the same method and a world of the same scale, or None."""
-    if result.flags["env"] == "nav2d" and "action-scale" not in result.flags:
+    if result.flags["env"] == "nav2d" and "action-scale" not in result.flags or row.startswith("eval/task_"):
         return None
     return PAPER.get(result.flags["env"], {}).get("random start" if row == "eval/random" else method(result))
 
@@ -67,7 +73,8 @@ def table(results):
     """One line for each result and one for each world's random start, for README.md."""
     rows, seen = [], set()
     for result in in_order(results):
-        lines = [("eval", f"{method(result)} {others(result)}".strip())]
+        name = f"{method(result)} {others(result)}".strip()
+        lines = [("eval", name), *((row, f"{name}, {row[5:]}") for row in by_task(result))]
         if world(result) not in seen:
             lines.append(("eval/random", "random start"))
         seen.add(world(result))

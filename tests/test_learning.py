@@ -6,6 +6,7 @@ import pytest
 
 import coded_maddpg
 import lemol
+import maml_rl
 import meta_mapg
 import mg2l
 import tesp
@@ -63,3 +64,10 @@ def test_mg2l_tells_hidden_targets_from_what_one_agent_saw(tmp_path):
     result = final(mg2l, tmp_path, env="spread", total_steps=960_000, eval_every=0)  # the encoder alone
     assert result["eval/train/accuracy_zi_8"] > 0.75  # measured: 0.89; chance 0.33
     assert result["eval/train/accuracy_z_8"] > 0.85
+
+
+def test_maml_finds_a_goal_in_one_step(tmp_path):
+    result = final(maml_rl, tmp_path, env="nav2d", total_steps=1_600_000)  # 20 iterations
+    before, after = result["eval/return_0"], result["eval/return_1"]
+    assert after > -22 and after > before + 10  # measured: -39 and -14 after 60 iterations
+    assert result["eval/random/return_1"] < -50
