@@ -2,9 +2,8 @@
 MAML for reinforcement learning: initial weights from which one gradient step on a few episodes solves a task.
 
   Papers     Finn, Abbeel, Levine: Model-Agnostic Meta-Learning. ICML 2017, arXiv:1703.03400 (MAML).
-             Li et al.: Meta-SGD. arXiv:1707.09835.  Stadie et al.: E-MAML. arXiv:1803.01118.
-             Gupta et al.: MAESN. NeurIPS 2018, arXiv:1802.07245.  Foerster et al.: DiCE. arXiv:1802.05098.
-             Rothfuss et al.: ProMP. ICLR 2019, arXiv:1810.06784.  Schulman et al.: TRPO. arXiv:1502.05477.
+             Meta-SGD arXiv:1707.09835, E-MAML 1803.01118, MAESN 1802.07245, DiCE 1802.05098, ProMP
+             1810.06784, TRPO 1502.05477.
   Problem    Tasks i ~ p(i) are MDPs that differ in their rewards or dynamics. Choose theta (and step sizes
              alpha) such that K policy-gradient steps on a few episodes of a new task give a high return.
   Algorithm  for each meta-iteration: draw M tasks; for all of them side by side, with phi_0 = theta:
@@ -23,15 +22,15 @@ MAML for reinforcement learning: initial weights from which one gradient step on
                theta <- theta - r^j sqrt(2 delta / x'Fx) x, the first good j  (10) -> trpo_step()
              PPO and ProMP: Adam on the clipped L, (4) done anew each epoch   (11) -> ppo_update()
              extra terms: E-MAML's score of D, ProMP's KL on D, MAESN's |z|^2 (12) -> outer_objective()
-  Symbols    theta  {name: (...)}       phi_k  (M, P), one row per task    alpha  step sizes, shaped as theta
-             D_k, V  batches (M, H, E)  g_k    (M, P)                      z      latent (d,), input to pi
-             M tasks, K inner steps, E episodes, H steps, O obs, A actions, P numbers in a policy.
+  Symbols    phi_k  (M, P), one row per task     alpha  step sizes, shaped as theta     g_k  (M, P)
+             D_k, V  batches (M, H, E)           z  latent (d,), input to pi
+             M tasks, K inner steps, E episodes, H steps, A actions, P numbers in a policy.
   Departures [D1] (8) is exact, but on every fifth episode only (--fisher-every). The authors take finite
                   differences of the KL's gradient, on all of them.
              [D2] --inner-grad ratio is the default. The MAML paper's loglik has the right first derivative
                   and a wrong second one; ratio lacks the terms across time only, dice none, but is noisy.
              [D3] All steps of a task weigh the same; steps after an early end weigh nothing.
-             [D4] MAESN's latent is a variable with one start z_0 for all tasks, as in the code of TESP.
+             [D4] MAESN's latent is a variable with one start z_0 for all tasks.
              [D5] E-MAML weighs the score of D by the return after adaptation, centred over the tasks.
              [D6] nav2d: an action is a displacement, tanh 64-64, alpha 0.1; second command: the authors' way.
                   Robots: an action of 1 is a tenth of full torque, 0.05 s a step.
@@ -39,7 +38,6 @@ MAML for reinforcement learning: initial weights from which one gradient step on
              python maml_rl.py --env nav2d --action-scale 0.1 --inner-lr 0.5 --hidden 100 --activation relu
              python maml_rl.py --env nav2d --method meta-sgd        # or maesn, or pretrained: the control
              python maml_rl.py --env nav2d --first-order            # FOMAML; --e-maml: E-MAML
-             python maml_rl.py --env nav2d --outer promp --total-steps 8000000
              python maml_rl.py --env half_cheetah_dir               # 500 iterations, about two hours
              python maml_rl.py --evaluate runs/x --capture-video    # the table, and play.gif
 """
@@ -87,9 +85,11 @@ def within(kind, low, high=math.inf):
             raise ValueError(f"must be in [{low}, {high}], not {value}")
         return value
 
+    is_number = lambda x: isinstance(x, (int, float))
+    as_words = lambda x: [str(x)]
     return Annotated[kind, PrimitiveConstructorSpec(
         nargs=1, metavar=f"{kind.__name__.upper()} {low}..{high}", instance_from_str=read,
-        is_instance=lambda x: isinstance(x, (int, float)), str_from_instance=lambda x: [str(x)])]
+        is_instance=is_number, str_from_instance=as_words)]
 
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
@@ -152,8 +152,8 @@ PRESETS = {"nav2d": {}} | dict.fromkeys(
 
 def preset(args):
     """What replaces the defaults where the command line is silent."""
-    latent = dict(inner_lr=1.0) if args.method == "maesn" else {}  # takes larger steps than a policy
-    return PRESETS.get(args.env, {}) | latent | (dict(inner_grad="loglik") if args.e_maml else {})
+    latent = {"inner_lr": 1.0} if args.method == "maesn" else {}  # takes larger steps than a policy
+    return PRESETS.get(args.env, {}) | latent | ({"inner_grad": "loglik"} if args.e_maml else {})
 
 
 def check(args):
@@ -192,12 +192,15 @@ def make_env(args, num_envs, part=(0, 1)):
     #   reset(task) -> obs (B, O), one task a row;  sample_tasks(n, split) -> (n, task_dim)
     #   step(action (B, A)) -> obs, reward (B, 1), terminated (B,), truncated (B,), info
     try:
-        env = envs.make(args.env, num_envs, args.horizon, args.device, args.num_threads, part)
+        return envs.make(args.env, num_envs, args.horizon, args.device, args.num_threads, part)
     except ValueError as error:
         fail(error)
+
+
+def playable(env):
+    """Refuse an environment that this script cannot play."""
     if env.num_agents != 1 or env.discrete or not hasattr(env, "sample_tasks"):
-        fail(f"--env {args.env}: this script needs one agent, continuous actions and tasks to sample")
-    return env
+        fail("this script needs an environment with one agent, continuous actions and tasks to sample")
 
 
 # ================================================================ 2. Networks
@@ -231,8 +234,7 @@ def make_policy(obs_dim, action_dim, hidden, latent_dim):
     """{name: tensor} of O (+ d) -> hidden -> hidden -> mean, and a log_std that no input changes: weights
     Xavier-uniform, the rest 0. latent_dim > 0 adds MAESN's z, a random direction of norm 0.01."""
     p = {}
-    sizes = [obs_dim + latent_dim, hidden, hidden, action_dim]
-    for l, (n, m) in enumerate(zip(sizes, sizes[1:])):
+    for l, (n, m) in enumerate([(obs_dim + latent_dim, hidden), (hidden, hidden), (hidden, action_dim)]):
         p[f"w{l}"] = torch.nn.init.xavier_uniform_(torch.empty(n, m))
         p[f"b{l}"] = torch.zeros(m)
     p["log_std"] = torch.zeros(action_dim)
@@ -301,7 +303,7 @@ def linear_baseline(obs, target, mask, ridge=1e-5):
     x, y = x.flatten(1, 2), target.double().flatten(1, 2)[..., None]  # (M, HE, 2O + 4), (M, HE, 1)
     gram = x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x)
     numbers = [n.nan_to_num().cpu() for n in (gram, x.mT @ y)]  # LAPACK takes no NaN; the loss will show it
-    w = torch.linalg.lstsq(*numbers, driver="gelsd").solution.to(x.device)
+    w = torch.linalg.lstsq(*numbers, driver="gelsd").solution.to(x)
     return (x @ w).view_as(target).to(target)
 
 
@@ -323,8 +325,8 @@ def normalize(adv, weight):
 
 def gaussian_kl(mean_0, log_std_0, mean_1, log_std_1):
     """eq. (7): KL(N_0 || N_1), summed over the last dimension: (..., A) -> (...)."""
-    return kl_divergence(
-        Normal(mean_0, log_std_0.exp(), False), Normal(mean_1, log_std_1.exp(), False)).sum(-1)
+    old, new = Normal(mean_0, log_std_0.exp(), False), Normal(mean_1, log_std_1.exp(), False)
+    return kl_divergence(old, new).sum(-1)
 
 
 def inner_loss(logprob, old_logprob, adv, weight, kind):
@@ -447,11 +449,10 @@ def outer_objective(net, chain, scores, args):
     for phi, D in zip(chain.phis, chain.batches[:-1]) if wanted else ():
         mean, log_std, logprob = distribution(net, phi, D.obs, D.action)
         if args.e_maml:  # the log-probabilities of E episodes add up; steps are averaged, as in eq. (5)
-            log_p = D.adv.shape[2] * (D.weight * (logprob - D.logprob)).sum((1, 2))
-            loss = loss - scores * log_p
+            loss = loss - scores * D.adv.shape[2] * (D.weight * (logprob - D.logprob)).sum((1, 2))
         if args.outer == "promp":
-            moved = gaussian_kl(D.mean, D.log_std, mean, log_std)
-            loss = loss + args.kl_coef / args.inner_steps * (D.weight * moved).sum((1, 2))
+            kl_D = (D.weight * gaussian_kl(D.mean, D.log_std, mean, log_std)).sum((1, 2))
+            loss = loss + args.kl_coef / args.inner_steps * kl_D
     if args.method == "maesn":
         loss = loss + args.latent_coef * (net.unflatten(chain.phis[-1])["z"] ** 2).mean(1)
     return loss, kl
@@ -509,22 +510,21 @@ def conjugate_gradient(product, g, iters):
 
 def trpo_step(x, loss, g, product, trial, delta, cg_iters, backtrack=0.8, trials=15):
     """eq. (10): the first x - backtrack^j s, j = 0..trials-1, with a lower loss and KL <= delta; x itself if
-    there is none. trial(x) -> loss, KL. Returns the new x, its loss, its KL, and j."""
+    there is none. trial(x) -> loss, KL. Returns the new x, its loss and its KL."""
     d = conjugate_gradient(product, g, cg_iters)
     step = (2 * delta / (d @ product(d)).clamp(min=1e-30)).sqrt() * d
     for j in range(trials):
         new = x - backtrack**j * step
         new_loss, kl = trial(new)
         if new_loss < loss and kl <= delta:
-            return new, new_loss, kl, j
-    return x, loss, 0.0, trials
+            return new, new_loss, kl
+    return x, loss, 0.0
 
 
 def trpo_update(net, chain, x, scores, args):
     """The outer step of eqs. (5)-(10). Changes x (2P,) in place."""
     loss, _, g = meta_gradient(net, chain, scores, args)
-    # the curvature, from a part of the episodes [D1]
-    few = [thin(batch, args.fisher_every) for batch in chain.batches]
+    few = [thin(batch, args.fisher_every) for batch in chain.batches]  # for the curvature [D1]
     again = readapt(net, x, few, args, not args.first_order)
     fisher = fisher_product(net, again, args.damping)
 
@@ -533,9 +533,9 @@ def trpo_update(net, chain, x, scores, args):
         with torch.no_grad():
             return gather(torch.stack(outer_objective(net, again, scores, args), 1)).mean(0)  # loss, KL
 
-    new, loss, kl, j = trpo_step(x, loss, g, fisher, trial, args.delta, args.cg_iters)
+    new, loss, kl = trpo_step(x, loss, g, fisher, trial, args.delta, args.cg_iters)
     x.copy_(new)
-    return {"losses/outer": loss, "losses/kl": kl, "losses/backtracks": j, "grad/norm_outer": g.norm()}
+    return {"losses/outer": loss, "losses/kl": kl, "grad/norm_outer": g.norm()}
 
 
 def ppo_update(net, chain, x, scores, optimizer, args):
@@ -556,8 +556,8 @@ def meta_update(env, net, x, optimizer, args):
 
     def play(phi):
         noise = torch.randn(env.horizon, args.num_tasks, args.num_episodes, env.action_dims[0])
-        noise = noise.chunk(WORLD, 1)[RANK]  # (H, M, E, A)
-        return process(net, phi, rollout(env, net, phi, tasks, noise, args), args)
+        mine = noise.chunk(WORLD, 1)[RANK]  # (H, M, E, A)
+        return process(net, phi, rollout(env, net, phi, tasks, mine, args), args)
 
     # inner steps; the control takes none
     K = args.inner_steps * (args.method != "pretrained")
@@ -759,9 +759,9 @@ def train(args):
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     env = make_env(args, args.num_tasks // WORLD * args.num_episodes, (RANK, WORLD))
+    playable(env)
     net, x, optimizer = build(args, env)
-    # an earlier run
-    state, iteration, step = None, 0, 0
+    state, iteration, step = None, 0, 0  # or those of an earlier run
     if path := args.resume or args.evaluate:
         state = load(path)
         x.copy_(state["x"])

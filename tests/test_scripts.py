@@ -208,7 +208,10 @@ def test_runs_of_one_second_get_folders_of_their_own(name, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module.time, "time", lambda: 1000.0 + next(ticks) * 1e-3)
     ticks = iter(range(10**9))
-    made = [Path(run.dir) for run in (module.Run(module.Args()) for _ in range(3))]
+    made = []
+    for _ in range(3):
+        with module.Run(module.Args()) as run:
+            made.append(run.dir)
     stem = f"{module.Args().env}__{name}__1__1000"
     assert [folder.name for folder in made] == [stem, f"{stem}-2", f"{stem}-3"]
 
@@ -291,7 +294,7 @@ def test_a_checkpoint_of_another_version_is_named(name, tmp_path, capsys):
 @each_script
 def test_help_shows_the_values_of_the_world(name, capsys):
     module = tiny(name)[0]
-    for env, changes in module.PRESETS.items():
+    for env in module.PRESETS:
         assert call(name, "--env", env, "--help") == 0
         out = " ".join(re.sub("│", " ", capsys.readouterr().out.split("show this help message")[1]).split())
         args = module.Args(**module.preset(module.Args(env=env)))
