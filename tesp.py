@@ -29,8 +29,8 @@ TESP: an encoder learns what a task is from its best episodes; one policy, share
              d numbers in z, F = O + 2A + 1: observation, mean and log std that acted, reward.
   Baselines  --method maml: phi is the policy, one fixed alpha. meta-sgd: the policy, alpha learned.
              maesn: phi is z itself. All are first order, without W and B; the rest is the same.
-  Departures [D1] Each row plays one episode and is masked after its end. The authors' sampler starts rows anew
-                  until 5,000 steps of finished episodes are in, which favours short, good episodes.
+  Departures [D1] Each row plays one episode and is masked after its end. The authors' sampler starts rows
+                  anew until 5,000 steps of finished episodes are in, which favours short, good episodes.
              [D2] All tasks are one batch, shared out by torchrun; the authors run 20 Ray workers, one a task.
              [D3] wheeled by default is small (10 tasks, 20 episodes, 64 and 32 units, Adam 0.001), to learn
                   in minutes. Evaluations take 20 goals of each set, the authors' all 100 (--eval-tasks 100).
@@ -59,13 +59,12 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Annotated, Literal, NamedTuple, Optional
 
-import envs
-import numpy as np
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tyro.constructors import PrimitiveConstructorSpec
 
+import envs
 
 # ================================================================ 0. Arguments
 SCRIPT = Path(globals().get("__file__", "notebook.py")).stem
@@ -141,7 +140,8 @@ PAPER = dict(total_steps=300_000_000, eval_every=25, eval_episodes=25, num_tasks
              num_episodes=25, buffer_size=16, hidden=256, gru_units=256, outer_lr=3e-4)
 PRESETS = {  # what differs from the defaults; sizes and eta are the supplement's
     "wheeled": {},
-    "nav2d": dict(total_steps=750_000, eval_episodes=10, num_episodes=10, horizon=50, hidden=32, gru_units=16),
+    "nav2d": dict(total_steps=750_000, eval_episodes=10, num_episodes=10, horizon=50, hidden=32,
+                  gru_units=16),
     "small_ant": PAPER | dict(hidden=512, latent_dim=32),
     "reacher2": PAPER | dict(latent_coef=0.005),
     "reacher4": PAPER | dict(hidden=512, latent_dim=16, latent_coef=0.005),
@@ -220,18 +220,10 @@ def size(shapes):
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def flatten(p):
-    """{name: tensor} -> (P,)."""
-    return torch.cat([v.flatten() for v in p.values()])
-
-
 def unflatten(x, shapes):
     """(..., P) -> {name: (..., *shape)}, views."""
     parts = x.split([math.prod(shape) for shape in shapes.values()], -1)
-    return {
-        name: part.unflatten(-1, shape)
-        for (name, shape), part in zip(shapes.items(), parts)
-    }
+    return {name: part.unflatten(-1, shapes[name]) for name, part in zip(shapes, parts)}
 
 
 def columns(n, m, norm):
@@ -254,26 +246,22 @@ def make_encoder(features, units, latent_dim):
 
 def make_policy(obs_dim, action_dim, hidden, latent_dim):
     """O + d -> hidden -> hidden -> A means, A log stds; columns of norm 1, in the last layer 0.01."""
-    return {
-        "w0": columns(obs_dim + latent_dim, hidden, 1.0),
-        "b0": torch.zeros(hidden),
-        "w1": columns(hidden, hidden, 1.0),
-        "b1": torch.zeros(hidden),
-        "w2": columns(hidden, 2 * action_dim, 0.01),
-        "b2": torch.zeros(2 * action_dim),
-    }
+    sizes, p = [obs_dim + latent_dim, hidden, hidden, 2 * action_dim], {}
+    for l in range(3):
+        p[f"w{l}"] = columns(sizes[l], sizes[l + 1], 0.01 if l == 2 else 1.0)
+        p[f"b{l}"] = torch.zeros(sizes[l + 1])
+    return p
 
 
 def policy(p, obs, z):
-    """mean, log_std (M, ..., A) of one policy {name: (...)} or of M policies {name: (M, ...)} at observations
-    (M, ..., O) with embeddings z (M, d)."""
-    x = obs.flatten(1, -2)  # (M, R, O)
+    """mean, log_std (M, R, A) of one policy {name: (...)} or of M policies {name: (M, ...)} at observations
+    (M, R, O) with embeddings z (M, d)."""
     w_obs, w_z = p["w0"].split([obs.shape[-1], z.shape[-1]], -2)
     same = z[:, None] @ w_z + p["b0"].unsqueeze(-2)  # (M, 1, hidden): z is the same for all rows of a task
-    x = torch.tanh(x @ w_obs + same)
+    x = torch.tanh(obs @ w_obs + same)
     x = torch.tanh(x @ p["w1"] + p["b1"].unsqueeze(-2))
     x = x @ p["w2"] + p["b2"].unsqueeze(-2)
-    return x.unflatten(1, obs.shape[1:-1]).chunk(2, -1)
+    return x.chunk(2, -1)
 
 
 def gru(wx, wh, b, x, length):
@@ -282,13 +270,12 @@ def gru(wx, wh, b, x, length):
     [Uz Ur Un] wh (M, U, 3U), b (M, 3U). x (M, L, H, F) -> the state at each episode's end, (M, L, U)."""
     L, H, U = x.shape[1], x.shape[2], wh.shape[1]
     inputs = x.flatten(1, 2) @ wx + b[:, None]  # one product for all steps
-    inputs = inputs.unflatten(1, (L, H)).unbind(2)  # H times (M, L, 3U)
+    inputs = inputs.unflatten(1, (L, H)).unbind(2)  # H times (M, L, 3U); [:, t] would be slow backwards
     u_gates, u_candidate = wh.split([2 * U, U], -1)
     h = torch.zeros_like(inputs[0][..., :U])
     for t in range(int(length.max())):
         gates, candidate = inputs[t].split([2 * U, U], -1)
-        gates = (0.2 * (gates + h @ u_gates) + 0.5).clamp(0, 1)
-        z, r = gates.chunk(2, -1)
+        z, r = (0.2 * (gates + h @ u_gates) + 0.5).clamp(0, 1).chunk(2, -1)
         n = torch.tanh(candidate + (r * h) @ u_candidate)
         alive = (t < length)[..., None]  # the state stays as it is once an episode is over
         h = torch.where(alive, z * h + (1 - z) * n, h)
@@ -306,11 +293,30 @@ def encode(p, buffer):
     return (last.mean(1, keepdim=True) @ p["wp"])[:, 0] + p["bp"]
 
 
+def build(args, env):
+    """The net, x = [phi, alpha, psi] (2P + Q,) and Adam."""
+    O, A = env.obs_dims[0], env.action_dims[0]
+    of_policy = args.method in ("maml", "meta-sgd")
+    d = 0 if of_policy else args.latent_dim
+    if args.method == "tesp":
+        encoder = make_encoder(O + 2 * A + 1, args.gru_units, d)
+    else:
+        encoder = {"z": columns(d, 1, 0.01)[:, 0]}
+    actor = make_policy(O, A, args.hidden, d)
+    shapes = [{name: tuple(v.shape) for name, v in p.items()} for p in (encoder, actor)]
+    net = Net(*shapes, adapt_policy=args.adapt_policy or of_policy)
+    phi, psi = (torch.cat([v.flatten() for v in p.values()]) for p in (encoder, actor))
+    if net.adapt_policy:
+        phi, psi = torch.cat([phi, psi]), psi[:0]
+    x = torch.cat([phi, torch.full_like(phi, args.inner_lr), psi]).to(args.device)
+    return net, x, torch.optim.Adam([x], lr=args.outer_lr)
+
+
 # ================================================================ 3. Rollout
 # All tasks and episodes are played as one batch of B = M E rows [D2], one episode a row [D1]; row r belongs
-# to task r // E. z is computed once and stays for the whole batch. No graph is recorded while playing. The
-# noise of a task comes from a generator keyed by (seed, iteration, task, phase): it does not depend on who
-# plays the task, alone or beside others, in this process or another. Positions are as in [D4].
+# to task r // E. z is computed once and stays for the whole batch. No graph is recorded while playing.
+# Positions are as in [D4]. Noise is drawn for all tasks before processes share them out, so that what is
+# learned does not depend on how many there are.
 class Play(NamedTuple):
     obs: torch.Tensor  # (M, H, E, O)
     action: torch.Tensor  # (M, H, E, A)
@@ -319,16 +325,6 @@ class Play(NamedTuple):
     reward: torch.Tensor  # (M, H, E), 0 after the end
     mask: torch.Tensor  # (M, H, E), 1 up to and with the last step of the episode, 0 after it
     arrived: torch.Tensor  # (M, E), 1 where the goal was reached
-
-
-def keyed_noise(key, tasks, phase, *shape):
-    """(M, *shape) standard normal numbers, those of task i from a generator seeded with (*key, i, phase)."""
-    out = []
-    for i in tasks:
-        words = np.random.SeedSequence([*key, i, phase]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(words[0] >> 1))
-        out.append(torch.randn(shape, generator=generator))
-    return torch.stack(out)
 
 
 @torch.no_grad()
@@ -356,11 +352,9 @@ def rollout(env, p, z, goals, noise):
 # only the valid steps are kept, as rows (M, R), and `weight` is that of each in its task's mean.
 def returns_to_go(reward, gamma):
     """R_t = sum_{u >= t} gamma^(u-t) r_u over dimension 1."""
-    out = torch.empty_like(reward)
-    acc = torch.zeros_like(reward[:, 0])
-    for t in reversed(range(reward.shape[1])):
-        acc = reward[:, t] + gamma * acc
-        out[:, t] = acc
+    out = reward.clone()
+    for t in reversed(range(reward.shape[1] - 1)):
+        out[:, t] += gamma * out[:, t + 1]
     return out
 
 
@@ -420,9 +414,7 @@ INNER_CLIP = 60.0  # largest norm of a task's inner gradient
 ALPHA_BOUND = 0.1  # largest size of a step size
 
 
-class Batch(NamedTuple):
-    """The valid steps of a Play first, in dimension 1."""
-
+class Batch(NamedTuple):  # the valid steps of a Play first, in dimension 1
     obs: torch.Tensor  # (M, R, O)
     action: torch.Tensor  # (M, R, A)
     mean: torch.Tensor  # (M, R, A) of the policy that acted, as are the next two
@@ -432,9 +424,7 @@ class Batch(NamedTuple):
     weight: torch.Tensor  # (M, R): 1 / (number of valid steps), 0 for what is not valid
 
 
-class Episodes(NamedTuple):
-    """What a buffer holds."""
-
+class Episodes(NamedTuple):  # what a buffer holds
     x: torch.Tensor  # (M, L, H, F): observation, mean and log std that acted, reward; 0 after the end
     length: torch.Tensor  # (M, L)
     ret: torch.Tensor  # (M, L), undiscounted
@@ -449,10 +439,8 @@ def process(play, args):
 
     # the valid steps first; what no task needs is cut off
     mask = play.mask.flatten(1)  # (M, H E)
-    order = mask.argsort(dim=1, descending=True, stable=True)
-    order = order[:, : int(mask.sum(1).max())]  # (M, R)
-    scalars = (x.flatten(1).gather(1, order) for x in (logprob, adv, play.mask))
-    logprob, adv, mask = scalars
+    order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]  # (M, R)
+    logprob, adv, mask = (x.flatten(1).gather(1, order) for x in (logprob, adv, play.mask))
     vectors = (play.obs, play.action, play.mean, play.log_std)
     rows = [torch.take_along_dim(x.flatten(1, 2), order[..., None], 1) for x in vectors]
     return Batch(*rows, logprob, adv, mask / mask.sum(1, keepdim=True))
@@ -468,9 +456,8 @@ def episodes(play):
 def keep(old, new, kind, size):
     """eq. (1): the buffer (None: empty) after a batch of Episodes. best: the `size` episodes with the largest
     return, ties by age; last: the new ones; all."""
-    if old is None or kind == "last":
-        both = new
-    else:
+    both = new
+    if old is not None and kind != "last":
         both = Episodes(*(torch.cat(pair, 1) for pair in zip(old, new)))
     if kind != "best":
         return both
@@ -484,16 +471,10 @@ def adapted(phi, alpha, g):
     return phi - alpha.clamp(-ALPHA_BOUND, ALPHA_BOUND) * g
 
 
-class Adapted(NamedTuple):
-    g: torch.Tensor  # (M, P), the sum of the inner gradients
-    buffer: Episodes  # as it was when V was played
-    batch: Batch  # V
-    plays: list  # W (only tesp), D_0 .. D_{J-1}, V
-
-
 def adapt(net, x, M, play, args):
-    """eq. (8) and all before it, the fast updates of M tasks. play(phase, p, z) plays phase 0 (W), 1 .. J
-    (D_0 ..) and J + 1 (V) with policy p and embeddings z. The k-th gradient sees the buffer without D_k."""
+    """eq. (8) and all before it, the fast updates of M tasks. play(actor, z) plays W, D_0 .. D_{J-1} and V
+    with a policy and embeddings z. The k-th gradient sees the buffer without D_k. Returns the sum g (M, P) of
+    the inner gradients, the buffer, V as a Batch and all plays."""
     phi, alpha, psi = net.split(x.detach())
     g = phi.new_zeros(M, len(phi))
     buffer, plays = None, []
@@ -503,96 +484,87 @@ def adapt(net, x, M, play, args):
         phi_i = adapted(phi, alpha, g).requires_grad_()
         encoder, actor = net.parts(phi_i, psi)
         z = encode(encoder, buffer)
-        plays.append(play(phase, actor, z))
+        plays.append(play(actor, z))
         if phase > args.inner_steps:
-            return Adapted(g, buffer, process(plays[-1], args), plays)
+            return g, buffer, process(plays[-1], args), plays
 
         # the fast update, from z on; then the buffer
         if phase > 0:
             batch = process(plays[-1], args)
             loss = inner_loss(*policy(actor, batch.obs, z), batch)
             g_k = torch.autograd.grad(loss.sum(), phi_i)[0]
-            norm = g_k.norm(dim=1, keepdim=True) + 1e-12
-            g = g + g_k * (INNER_CLIP / norm).clamp(max=1)
+            norm = g_k.norm(dim=1, keepdim=True)
+            g = g + g_k * (INNER_CLIP / norm).clamp(max=1)  # 60 / 0 is clamped to 1 as well
         if args.method == "tesp":
             buffer = keep(buffer, episodes(plays[-1]), args.buffer, args.buffer_size)
 
 
-def outer_gradient(net, x, out, args):
-    """eqs. (9) and (10): the clipped loss without its penalty, KL(old || new) and mean z^2, means over the
-    tasks of all processes, and dL/dx (2P + Q,)."""
+def outer_gradient(net, x, g, buffer, batch, args):
+    """eqs. (9) and (10): the clipped loss without its penalty, KL(old || new), means over the tasks of all
+    processes, and dL/dx (2P + Q,)."""
     x = x.detach().requires_grad_()
     phi, alpha, psi = net.split(x)
     if args.method == "maml" or not args.learn_alpha:
         alpha = alpha.detach()
-    encoder, actor = net.parts(adapted(phi, alpha, out.g), psi)
-    z = encode(encoder, out.buffer)
-    loss, kl = surrogate(*policy(actor, out.batch.obs, z), out.batch, args.clip_coef)
-    square = (z**2).sum() / max(z.numel(), 1)  # maml and meta-sgd have no z
-    total = loss.mean() + args.latent_coef * square
-    gradient = torch.autograd.grad(total, x)[0]
-    numbers = torch.stack([loss.mean(), kl.mean(), square]).detach()
+    encoder, actor = net.parts(adapted(phi, alpha, g), psi)
+    z = encode(encoder, buffer)
+    loss, kl = surrogate(*policy(actor, batch.obs, z), batch, args.clip_coef)
+    penalty = args.latent_coef * (z**2).sum() / max(z.numel(), 1)  # maml and meta-sgd have no z
+    gradient = torch.autograd.grad(loss.mean() + penalty, x)[0]
+    numbers = torch.stack([loss.mean(), kl.mean()]).detach()
     flat = mean_over_processes(torch.cat([numbers, gradient]))
-    return *flat[:3], flat[3:]
+    return flat[0], flat[1], flat[2:]
 
 
-# Under torchrun every process plays a share of the tasks [D2]; all gather the same numbers and take the same
-# step, so no weights need to be sent. Only the first process (RANK 0) keeps its run folder.
+# Under torchrun every process plays a share of the tasks [D2]; all average the same numbers and take the
+# same step, so no weights need to be sent. Only the first process (RANK 0) keeps its run folder.
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 
-def gather(x):
-    """(n, ...) of each process -> (n * WORLD, ...) of all, in order of rank."""
+def mean_over_processes(x):
     if WORLD == 1:
         return x
-    parts = [torch.empty_like(x, device="cpu") for _ in range(WORLD)]
-    torch.distributed.all_gather(parts, x.detach().cpu().contiguous())
-    return torch.cat(parts).to(x.device)
+    total = x.detach().cpu().clone()
+    torch.distributed.all_reduce(total)
+    return (total / WORLD).to(x.device)
 
 
-def mean_over_processes(x):
-    return x if WORLD == 1 else gather(x[None]).mean(0)
-
-
-def meta_update(env, net, x, optimizer, iteration, args):
+def meta_update(env, net, x, optimizer, args):
     """One meta-iteration, the algorithm box; x = [phi, alpha, psi] changes in place. Returns {tag: value} and
     the mean return of an episode in each phase."""
     M = args.num_tasks // WORLD
-    mine = range(RANK * M, RANK * M + M)
-    goals = env.sample_tasks(args.num_tasks)[mine.start : mine.stop]
-    key = (args.seed % 2**64, 0, iteration)
+    mine = slice(RANK * M, RANK * M + M)  # the tasks of this process
+    goals = env.sample_tasks(args.num_tasks)[mine]
 
-    def play(phase, actor, z):
-        noise = keyed_noise(key, mine, phase, args.horizon, args.num_episodes, env.action_dims[0])
-        return rollout(env, actor, z, goals, noise)
+    def play(actor, z):
+        noise = torch.randn(args.num_tasks, args.horizon, args.num_episodes, env.action_dims[0])
+        return rollout(env, actor, z, goals, noise[mine])
 
     # the inner loop, then PPO on V with the best-iterate rule of eq. (11)
-    out = adapt(net, x, M, play, args)
+    g, buffer, batch, plays = adapt(net, x, M, play, args)
     best, best_loss, logs = x.clone(), math.inf, {"losses/outer": math.inf}
     for n in range(args.epochs):
-        loss, kl, square, gradient = outer_gradient(net, x, out, args)
+        loss, kl, gradient = outer_gradient(net, x, g, buffer, batch, args)
         if n == 0:
             logs["grad/norm_outer"] = gradient.norm()
         if kl < args.delta and loss < best_loss:
             best, best_loss = x.clone(), loss
-            logs |= {"losses/outer": loss, "losses/kl": kl, "losses/z_squared": square, "losses/iterate": n}
+            logs |= {"losses/outer": loss, "losses/kl": kl, "losses/iterate": n}
         if n < args.epochs - 1:
             x.grad = gradient
             optimizer.step()
     x.copy_(best)  # Adam's moments are not taken back
 
     # what is logged: means over the tasks of all processes
-    last = out.plays[-1]
     measures = {
-        "grad/norm_inner": out.g.norm(dim=1).mean(),
-        "charts/log_std": last.log_std.mean(),
-        "charts/arrived": last.arrived.mean(),
-        "charts/episode_length": last.mask.sum(1).mean(),
+        "grad/norm_inner": g.norm(dim=1).mean(),
+        "charts/log_std": plays[-1].log_std.mean(),
+        "charts/arrived": plays[-1].arrived.mean(),
         "adapt/alpha": net.split(x)[1].abs().mean(),
     }
     logs |= zip(measures, mean_over_processes(torch.stack([*measures.values()])))
-    returns = torch.stack([play.reward.sum(1).mean() for play in out.plays])
+    returns = torch.stack([play.reward.sum(1).mean() for play in plays])
     return logs, mean_over_processes(returns)
 
 
@@ -613,67 +585,62 @@ def phases(args):
 
 def evaluate(args, net, x, split="test", env=None):
     """Adapt to args.eval_tasks goals of a split -> the plays of all phases."""
-    tasks, E = range(args.eval_tasks), args.eval_episodes
-    env = env or make_env(args, len(tasks) * E)
-    key = (args.seed % 2**64, 1 + list(SETS).index(split), 0)
+    n, E = args.eval_tasks, args.eval_episodes
+    env = env or make_env(args, n * E)
     with torch.random.fork_rng():
         torch.manual_seed(TEST_SEED)
-        goals = env.sample_tasks(len(tasks), split)
+        goals = env.sample_tasks(n, split)
 
-        def play(phase, actor, z):
-            noise = keyed_noise(key, tasks, phase, args.horizon, E, env.action_dims[0])
-            return rollout(env, actor, z, goals, noise)
+        def play(actor, z):
+            return rollout(env, actor, z, goals, torch.randn(n, args.horizon, E, env.action_dims[0]))
 
-        return adapt(net, x, len(tasks), play, args).plays
+        return adapt(net, x, n, play, args)[-1]
 
 
-def evaluate_all(args, net, x, splits):
-    """{split: {"return": (n, J + 2), "length": (n, J + 2), "arrived": (n, J + 2)}}, means over a task's
-    episodes; without a warm-up J + 1."""
+def evaluate_all(args, net, x, splits=None):
+    """{split: (returns, arrived)}, by default of all: each (n, phases), means over a task's episodes."""
     results = {}
-    for split in splits:
+    for split in splits or getattr(make_env(args, 1), "splits", ("train", "test")):
         plays = evaluate(args, net, x, split)
-        results[split] = {
-            "return": torch.stack([p.reward.sum(1).mean(1) for p in plays], 1),
-            "length": torch.stack([p.mask.sum(1).mean(1) for p in plays], 1),
-            "arrived": torch.stack([p.arrived.mean(1) for p in plays], 1),
-        }
+        returns = [play.reward.sum(1).mean(1) for play in plays]
+        arrived = [play.arrived.mean(1) for play in plays]
+        results[split] = torch.stack(returns, 1), torch.stack(arrived, 1)
     return results
 
 
 def interval(x):
-    """Half width of the 95 % interval of the mean over dimension 0."""
-    return 1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))
+    """Half width of the 95 % interval of the mean of (n,)."""
+    return 1.96 * x.std(correction=min(1, len(x) - 1)) / math.sqrt(len(x))
 
 
 def summary(results, args):
     """{tag: value} of evaluate_all()."""
     flat = {}
-    for split, numbers in results.items():
-        mean, half = numbers["return"].mean(0), interval(numbers["return"])
-        for k, name in enumerate(phases(args)):
-            flat[f"eval/{split}/return_{name}"] = mean[k].item()
-            flat[f"eval/{split}/return_{name}_ci95"] = half[k].item()
-        for tag in ("length", "arrived"):
-            flat[f"eval/{split}/{tag}"] = numbers[tag][:, -1].mean().item()
+    for split, (returns, arrived) in results.items():
+        for name, column in zip(phases(args), returns.T):
+            flat[f"eval/{split}/return_{name}"] = column.mean().item()
+            flat[f"eval/{split}/return_{name}_ci95"] = interval(column).item()
+        flat[f"eval/{split}/arrived"] = arrived[:, -1].mean().item()
     return flat
 
 
 def table(results, args):
     """Return against the episodes of a goal seen before, on each set."""
-    heads = [f"{k * args.eval_episodes} seen" for k in range(len(phases(args)))]
-    lines = [f"{args.env}, {args.method}: return on {args.eval_tasks} goals of each set after so many episodes",
-             f"{'':24s}" + "".join(f"{head:>17s}" for head in [*heads, "arrived"])]
-    for split, numbers in results.items():
-        pairs = zip(numbers["return"].mean(0), interval(numbers["return"]))
-        cells = [f"{mean:.1f} ± {half:.1f}" for mean, half in pairs]
-        cells.append(f"{100 * numbers['arrived'][:, -1].mean():.0f} %")
-        lines.append(f"{SETS[split]:24s}" + "".join(f"{cell:>17s}" for cell in cells))
+    heads = [f"{k * args.eval_episodes} seen" for k in range(len(phases(args)))] + ["arrived"]
+    lines = [f"{args.env}, {args.method}: return on {args.eval_tasks} goals a set, by the episodes seen"]
+    lines.append(" " * 24 + "".join(f"{head:>16s}" for head in heads))
+    for split, (returns, arrived) in results.items():
+        cells = [f"{column.mean():.1f} ± {interval(column):.1f}" for column in returns.T]
+        cells.append(f"{100 * arrived[:, -1].mean():.0f} %")
+        lines.append(f"{SETS[split]:24s}" + "".join(f"{cell:>16s}" for cell in cells))
     return "\n".join(lines)
 
 
-def splits_of(args):
-    return getattr(make_env(args, 1), "splits", ("train", "test"))
+def film(args, net, x, folder):
+    """play.gif: the first batch beside the last."""
+    camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
+    evaluate(args, net, x, env=camera)
+    print(camera.save(folder / "play.gif", {"at first": 0, f"after {args.inner_steps} updates": -1}))
 
 
 # ================================================================ 7. Runs
@@ -778,36 +745,10 @@ class Run:
 
 
 # ================================================================ 8. Train
-def build(args, env):
-    """The net, x = [phi, alpha, psi] (2P + Q,) and Adam."""
-    O, A = env.obs_dims[0], env.action_dims[0]
-    of_policy = args.method in ("maml", "meta-sgd")
-    d = 0 if of_policy else args.latent_dim
-    if args.method == "tesp":
-        encoder = make_encoder(O + 2 * A + 1, args.gru_units, d)
-    else:
-        encoder = {"z": columns(d, 1, 0.01)[:, 0]}
-    actor = make_policy(O, A, args.hidden, d)
-    shapes = [{name: tuple(v.shape) for name, v in p.items()} for p in (encoder, actor)]
-    net = Net(*shapes, adapt_policy=args.adapt_policy or of_policy)
-    phi, psi = flatten(encoder), flatten(actor)
-    if net.adapt_policy:
-        phi, psi = torch.cat([phi, psi]), psi[:0]
-    x = torch.cat([phi, torch.full_like(phi, args.inner_lr), psi]).to(args.device)
-    return net, x, torch.optim.Adam([x], lr=args.outer_lr)
-
-
 def report(args, results, folder, step):
     """Print the table of an evaluation and write eval.json."""
     print(table(results, args))
     write_eval(folder, summary(results, args) | {"global_step": step, "seed": args.seed})
-
-
-def film(args, net, x, folder):
-    """play.gif: the first batch beside the last."""
-    camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
-    evaluate(args, net, x, env=camera)
-    print(camera.save(folder / "play.gif", {"at first": 0, f"after {args.inner_steps} updates": -1}))
 
 
 def train(args):
@@ -826,7 +767,7 @@ def train(args):
         optimizer.load_state_dict(state["optimizer"])
         iteration, step = state["iteration"], state["step"]
     if args.evaluate:
-        report(args, evaluate_all(args, net, x, splits_of(args)), state["folder"], step)
+        report(args, evaluate_all(args, net, x), state["folder"], step)
         return film(args, net, x, state["folder"]) if args.capture_video else None
     if RANK:  # computes what the first process does, and keeps nothing
         sys.stdout = open(os.devnull, "w")
@@ -836,16 +777,16 @@ def train(args):
     with Run(args, state) as run:
         stop = False
         while not stop:
-            logs, returns = meta_update(env, net, x, optimizer, iteration, args)
+            logs, returns = meta_update(env, net, x, optimizer, args)
             iteration += 1
             step += args.num_tasks * args.num_episodes * args.horizon * len(returns)
             logs |= {f"adapt/return_{name}": value for name, value in zip(phases(args), returns)}
             logs["charts/episodic_return"] = returns[-1]  # of the adapted policy
             done = step >= args.total_steps
             milestone = done or args.eval_every and iteration % args.eval_every == 0
-            stop = done or bool(gather(torch.tensor([run.interrupted])).any())
+            stop = done or mean_over_processes(torch.tensor([1.0 * run.interrupted])) > 0
             if milestone:
-                results = evaluate_all(args, net, x, splits_of(args) if done else ["test"])
+                results = evaluate_all(args, net, x, None if done else ["test"])
                 logs |= summary(results, args)
             text = f"iteration {iteration}: return {returns[0]:.1f} -> {returns[-1]:.1f}"
             run.log(logs, step, text, milestone)
