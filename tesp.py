@@ -760,6 +760,8 @@ def train(args):
         torch.distributed.init_process_group("gloo")
     env = make_env(args, args.num_tasks // WORLD * args.num_episodes)
     net, x, optimizer = build(args, env)
+
+    # an earlier run, to continue or to evaluate
     state, iteration, step = None, 0, 0
     if path := args.resume or args.evaluate:
         state = load(path)
@@ -781,7 +783,7 @@ def train(args):
             iteration += 1
             step += args.num_tasks * args.num_episodes * args.horizon * len(returns)
             logs |= {f"adapt/return_{name}": value for name, value in zip(phases(args), returns)}
-            logs["charts/episodic_return"] = returns[-1]  # of the adapted policy
+            logs["charts/episodic_return"] = returns[-1]  # after the last update
             done = step >= args.total_steps
             milestone = done or args.eval_every and iteration % args.eval_every == 0
             stop = done or mean_over_processes(torch.tensor([1.0 * run.interrupted])) > 0

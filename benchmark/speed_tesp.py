@@ -1,7 +1,7 @@
 """
-How fast a meta-iteration of tesp.py is, with its split, beside tests/oracles/tesp.py (one task after the other, one
-MjData an episode, autograd through the GRU) and the floors: raw physics, and the arithmetic at the rate of
-this machine's matrix products. Used by speed.py.
+How fast a meta-iteration of tesp.py is, with its split, beside tests/oracles/tesp.py (one task after the
+other, one MjData an episode, a GRU cell a time step) and the floors: raw physics, and the arithmetic at the
+rate of this machine's matrix products. Used by speed.py.
 """
 
 import importlib.util
