@@ -178,18 +178,17 @@ def parse():
 
 
 # ================================================================ 1. Environment
-def make_env(args, num_envs):
+def make_env(args, num_envs, part=(0, 1)):
     # The contract (envs/__init__.py); bring your own by returning an object with these members:
-    #   num_envs B, horizon, obs_dims, action_dims, device, and perhaps splits, the names of its sets of tasks
+    #   num_envs, horizon, num_agents, obs_dims, action_dims, discrete, device; splits, its sets of tasks
     #   reset(task) -> obs (B, O), one task a row;  sample_tasks(n, split) -> (n, task_dim)
     #   step(action (B, A)) -> obs, reward (B, 1), terminated (B,), truncated (B,), info
+    # as `part` of several shares under torchrun: random starts are drawn for the whole batch and cut
     try:
-        env = envs.make(args.env, num_envs, horizon=args.horizon, device=args.device)
+        return envs.make(args.env, num_envs, horizon=args.horizon, device=args.device,
+                         threads=args.num_threads, part=part)
     except ValueError as error:
         fail(error)
-    if env.discrete or env.num_agents > 1 or not hasattr(env, "sample_tasks"):
-        fail(f"{args.env}: this script plays one agent with continuous actions and tasks to sample")
-    return env
 
 
 # ================================================================ 2. Networks
@@ -295,6 +294,8 @@ def encode(p, buffer):
 
 def build(args, env):
     """The net, x = [phi, alpha, psi] (2P + Q,) and Adam."""
+    if env.discrete or env.num_agents > 1 or not hasattr(env, "sample_tasks"):
+        fail(f"{args.env}: this script plays one agent with continuous actions and tasks to sample")
     O, A = env.obs_dims[0], env.action_dims[0]
     of_policy = args.method in ("maml", "meta-sgd")
     d = 0 if of_policy else args.latent_dim
@@ -531,8 +532,7 @@ def mean_over_processes(x):
 
 
 def meta_update(env, net, x, optimizer, args):
-    """One meta-iteration, the algorithm box; x = [phi, alpha, psi] changes in place. Returns {tag: value} and
-    the mean return of an episode in each phase."""
+    """One meta-iteration; x changes in place. Returns {tag: value} and the mean return of each phase."""
     M = args.num_tasks // WORLD
     mine = slice(RANK * M, RANK * M + M)  # the tasks of this process
     goals = env.sample_tasks(args.num_tasks)[mine]
@@ -564,15 +564,13 @@ def meta_update(env, net, x, optimizer, args):
         "adapt/alpha": net.split(x)[1].abs().mean(),
     }
     logs |= zip(measures, mean_over_processes(torch.stack([*measures.values()])))
-    returns = torch.stack([play.reward.sum(1).mean() for play in plays])
-    return logs, mean_over_processes(returns)
+    return logs, mean_over_processes(torch.stack([play.reward.sum(1).mean() for play in plays]))
 
 
 # ================================================================ 6. Evaluation
 # Meta-test: the whole inner procedure on goals of each set, D (trained on), D' (held out) and D'' (farther
-# away than any in training), without an outer step. All methods and seeds meet the same goals. "0 updates" of
-# TESP already reads the warm-up's episodes: compare methods at equal numbers of episodes seen. Own env and
-# own noise: how often one evaluates does not change what is learned.
+# away than any in training), without an outer step. All methods and seeds meet the same goals. TESP's warm-up
+# costs episodes too: compare methods at equal numbers of episodes seen. Own env, own random numbers.
 TEST_SEED = 1
 SETS = {"train": "D, goals of training", "test": "D', held out", "test2": "D'', farther away"}
 
@@ -600,7 +598,7 @@ def evaluate(args, net, x, split="test", env=None):
 def evaluate_all(args, net, x, splits=None):
     """{split: (returns, arrived)}, by default of all: each (n, phases), means over a task's episodes."""
     results = {}
-    for split in splits or getattr(make_env(args, 1), "splits", ("train", "test")):
+    for split in splits or make_env(args, 1).splits:
         plays = evaluate(args, net, x, split)
         returns = [play.reward.sum(1).mean(1) for play in plays]
         arrived = [play.arrived.mean(1) for play in plays]
@@ -758,7 +756,7 @@ def train(args):
     torch.set_num_threads(args.num_threads)
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
-    env = make_env(args, args.num_tasks // WORLD * args.num_episodes)
+    env = make_env(args, args.num_tasks // WORLD * args.num_episodes, (RANK, WORLD))
     net, x, optimizer = build(args, env)
 
     # an earlier run, to continue or to evaluate
