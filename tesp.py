@@ -12,54 +12,36 @@ TESP: an encoder learns what a task is from its best episodes; one policy, share
                for k = 0 .. J-1:
                  phi_i = phi - clip(alpha, -0.1, 0.1) * g, always from phi itself  (2)  -> adapted()
                  z = mean over B of (last state of a GRU) Wp + bp                  (3)  -> encode()
-                 the GRU: hard sigmoid, reset before the recurrent product         (4)  -> GRU.forward()
-                   and its derivative, by hand                                     (5)  -> GRU.backward()
-                 D_k ~ pi_psi(a|o, z): E episodes; b: linear feature baseline      (6)  -> linear_baseline()
-                 A: generalised advantages of D_k, not normalised                  (7)  -> gae()
-                 L_in = -mean log pi_psi(a|o, z) A                                 (8)  -> inner_loss()
-                 g += dL_in/dphi_i, clipped to norm 60; B: eq. (1) with D_k        (9)  -> adapt()
+                 the GRU: hard sigmoid, reset before the recurrent product         (4)  -> gru()
+                 D_k ~ pi_psi(a|o, z): E episodes; b: linear feature baseline      (5)  -> linear_baseline()
+                 A: generalised advantages of D_k, not normalised                  (6)  -> gae()
+                 L_in = -mean log pi_psi(a|o, z) A                                 (7)  -> inner_loss()
+                 g += dL_in/dphi_i, clipped to norm 60; B: eq. (1) with D_k        (8)  -> adapt()
                V ~ pi_psi(a|o, z) with the z of eqs. (2) and (3) once more; V does not enter B
-             L = mean_i [PPO's clipped loss on V_i + eta mean z_i^2]               (10) -> surrogate()
-             dL/dphi = mean_i d_i,  dL/dalpha = -mean_i g_i d_i,  d_i = dL/dphi_i  (11) -> outer_gradient()
-             19 steps of Adam on (phi, alpha, psi), g_i and B_i frozen; of the 20
-             iterates the one with the lowest loss and KL(old || new) < 0.01 stays (12) -> meta_update()
+             L = mean_i [PPO's clipped loss on V_i + eta mean z_i^2]               (9)  -> surrogate()
+             dL/d[phi, alpha, psi] through eqs. (2) and (3), g_i and B_i fixed     (10) -> outer_gradient()
+             19 steps of Adam; of the 20 iterates the one stays whose clipped loss,
+             without the penalty, is lowest among those with KL(old || new) < 0.01 (11) -> meta_update()
   Symbols    phi    encoder (P,)       g      (M, P)           B       Episodes (M, L, H, F)     z  (M, d)
              alpha  (P,)               phi_i  (M, P)           D_k, V  Batch (M, R), R <= H E    A  adv
              psi    policy (Q,)        x      [phi, alpha, psi], the vector that Adam moves
              M tasks, E episodes, H steps, J fast updates, L buffered episodes, O obs, A actions, U GRU units,
              d numbers in z, F = O + 2A + 1: observation, mean and log std that acted, reward.
-  Methods    --adapt-policy: psi takes the fast updates too. --inner-steps 0: the embedding alone.
-             --no-learn-alpha: step sizes stay. --buffer best | last | all. Baselines: maml_rl.py, fo-ppo.
-  Departures [D1] Each row plays one episode and is masked after its end. The authors' sampler (--restart)
-                  starts rows anew until 5,000 steps of finished episodes are in, which favours short, good
-                  episodes and takes twice as long once robots arrive.
-             [D2] Everything of all tasks is one batch in one process, or shared out by torchrun; the authors
-                  run 20 Ray workers, one a task, which send whole gradients and weights at every step.
+  Baselines  --method maml: phi is the policy, one fixed alpha. meta-sgd: the policy, alpha learned.
+             maesn: phi is z itself. All are first order, without W and B; the rest is the same.
+  Departures [D1] Each row plays one episode and is masked after its end. The authors' sampler starts rows
+                  anew until 5,000 steps of finished episodes are in, which favours short, good episodes.
+             [D2] All tasks are one batch, shared out by torchrun; the authors run 20 Ray workers, one a task.
              [D3] wheeled by default is small (10 tasks, 20 episodes, 64 and 32 units, Adam 0.001), to learn
-                  in minutes; the third command has the paper's sizes. Evaluations take 20 goals of each set,
-                  the authors' all 100 (--eval-tasks 100).
-             [D4] Positions come from the state after the step, the authors' lag it by a physics step; rewards
-                  and goals are those of the code, see envs/goal_robots.py. --eval-noise adds to what is
-                  observed, as an unused function in the authors' code does.
-  Run        python tesp.py --env wheeled                              # 5.4 CPU minutes, on two cores
-             python tesp.py --env wheeled --no-learn-alpha
+                  in minutes. Evaluations take 20 goals of each set, the authors' all 100 (--eval-tasks 100).
+             [D4] Positions come from the state after the step; the authors' lag it by a physics step.
+  Run        python tesp.py --env wheeled                              # 2 minutes: -165 to about -50
+             python tesp.py --env wheeled --method meta-sgd            # or maml, maesn
              python tesp.py --env wheeled --paper                      # the paper's sizes, 600 iterations
-             python tesp.py --env small_ant                            # the paper's ant
-             python tesp.py --env reacher2
-             python tesp.py --env reacher4
-             python tesp.py --env nav2d                                # a point
-             python tesp.py --env wheeled --adapt-policy
-             python tesp.py --env wheeled --buffer last
-             python tesp.py --env wheeled --inner-steps 0
-             torchrun --nproc-per-node 2 tesp.py --env wheeled         # tasks shared out: the same result
-             python tesp.py --evaluate runs/x/checkpoint.pt --capture-video --eval-noise 0.1
-  Expect     wheeled, three seeds, after 40 iterations, on held-out goals (D'): -170 in the warm-up, then
-             -158, -107, -60, -30 after 0 .. 3 updates; with --no-learn-alpha -79, --buffer last -38, all -43,
-             --inner-steps 0 -88; Meta-SGD in maml_rl.py, equal steps and episodes, -29. --paper, an hour of
-             one core, 50 iterations: -217 before, -23 after three updates. small_ant, an hour, 19 iterations:
-             -152 and -105. nav2d, three seeds: -18 in the warm-up, -6.5 after three updates; 10 s.
-             torchrun: the same weights to rounding (1e-7 in two iterations of nav2d, also as two hosts).
-             Wheels on the ground are chaotic, and rounding grows: there returns part within 200 steps.
+             python tesp.py --env small_ant                            # the paper's ant; reacher2, reacher4
+             python tesp.py --env nav2d                                # a point, 10 s: -18 to about -6.5
+             torchrun --nproc-per-node 2 tesp.py --env wheeled         # the same tasks, shared out
+             python tesp.py --evaluate runs/x/checkpoint.pt --capture-video
   Licence    MIT. Please cite the paper above for the method.
 """
 
@@ -77,13 +59,12 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Annotated, Literal, NamedTuple, Optional
 
-import envs
-import numpy as np
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tyro.constructors import PrimitiveConstructorSpec
 
+import envs
 
 # ================================================================ 0. Arguments
 SCRIPT = Path(globals().get("__file__", "notebook.py")).stem
@@ -114,15 +95,15 @@ Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
 
 @dataclass
 class Args:
-    """Defaults: a quick `wheeled`, minutes on two cores [D3]. PRESETS below has the other worlds'."""
+    """Defaults: a quick `wheeled`, two minutes on two cores [D3]. PRESETS below has the other envs'."""
 
     # --- run: the same in all six scripts
     env: str = "wheeled"  # wheeled, small_ant, reacher2, reacher4, nav2d, or your own: see make_env()
     seed: int = 1  # of torch, and with it of environments and networks
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch, and of MuJoCo
-    total_steps: Count = 8_000_000  # training transitions of all environments, those of inner loops included
-    eval_every: within(int, 0) = 20  # iterations between evaluations; 0: only at the end
+    total_steps: Count = 5_000_000  # training transitions of all environments, those of inner loops included
+    eval_every: within(int, 0) = 10  # iterations between evaluations; 0: only at the end
     eval_episodes: Count = 20  # episodes of each task in an evaluation
     save_every: Count = 5  # iterations between checkpoints; one is also written at the end and on Ctrl-C
     run_dir: Optional[str] = None  # default: runs/<env>__<script>__<seed>__<time>
@@ -131,9 +112,10 @@ class Args:
     capture_video: bool = False  # with --evaluate: write play.gif
     track: bool = False  # log to Weights & Biases too
     # --- algorithm
-    paper: bool = False  # the paper's sizes in wheeled and nav2d; the other worlds always have them
-    inner_steps: within(int, 0) = 3  # J, fast updates, eqs. (2)-(9); 0: the warm-up's embedding as it is
-    adapt_policy: bool = False  # the paper's variant: fast updates move the policy too
+    method: Literal["tesp", "maml", "meta-sgd", "maesn"] = "tesp"  # TESP or one of its baselines
+    paper: bool = False  # the paper's sizes in wheeled and nav2d; the other envs always have them
+    inner_steps: within(int, 0) = 3  # J, fast updates, eqs. (2)-(8); 0: the warm-up's embedding as it is
+    adapt_policy: bool = False  # the paper's variant of tesp: fast updates move the policy too
     learn_alpha: bool = True  # learn the step sizes of eq. (2); off: they stay at inner_lr
     inner_lr: Size = 1e-3  # initial value of every step size alpha, eq. (2)
     buffer: Literal["best", "last", "all"] = "best"  # episodes the encoder reads, eq. (1)
@@ -144,22 +126,22 @@ class Args:
     hidden: Count = 64  # units in each of the policy's two hidden layers
     gru_units: Count = 32  # U, units of the encoder's GRU
     latent_dim: Count = 8  # d, numbers in the embedding z
-    latent_coef: Size = 0.01  # eta, weight of mean z^2 in eq. (10)
-    gamma: Share = 0.99  # discount, eqs. (6) and (7)
-    gae_lambda: Share = 0.97  # lambda of eq. (7)
-    epochs: Count = 20  # evaluations of eq. (10) per meta-iteration; one Adam step fewer
-    clip_coef: Size = 0.15  # ratios are clipped to 1 -+ this, eq. (10)
-    delta: Size = 0.01  # largest mean KL (nats) of an iterate that may be kept, eq. (12)
-    outer_lr: Size = 1e-3  # Adam's step size, eq. (12)
+    latent_coef: Size = 0.01  # eta, weight of mean z^2 in eq. (9)
+    gamma: Share = 0.99  # discount, eqs. (5) and (6)
+    gae_lambda: Share = 0.97  # lambda of eq. (6)
+    epochs: Count = 20  # evaluations of eq. (9) per meta-iteration; one Adam step fewer
+    clip_coef: Size = 0.15  # ratios are clipped to 1 -+ this, eq. (9)
+    delta: Size = 0.01  # largest mean KL (nats) of an iterate that may be kept, eq. (11)
+    outer_lr: Size = 1e-3  # Adam's step size, eq. (11)
     eval_tasks: within(int, 1, 100) = 20  # goals of each set in an evaluation
 
 
 PAPER = dict(total_steps=300_000_000, eval_every=25, eval_episodes=25, num_tasks=20,
              num_episodes=25, buffer_size=16, hidden=256, gru_units=256, outer_lr=3e-4)
-PRESETS = {  # what differs from the defaults
+PRESETS = {  # what differs from the defaults; sizes and eta are the supplement's
     "wheeled": {},
-    "nav2d": dict(total_steps=750_000, eval_every=10, eval_episodes=10, num_episodes=10, horizon=50,
-                  hidden=32, gru_units=16),
+    "nav2d": dict(total_steps=750_000, eval_episodes=10, num_episodes=10, horizon=50, hidden=32,
+                  gru_units=16),
     "small_ant": PAPER | dict(hidden=512, latent_dim=32),
     "reacher2": PAPER | dict(latent_coef=0.005),
     "reacher4": PAPER | dict(hidden=512, latent_dim=16, latent_coef=0.005),
@@ -168,13 +150,10 @@ PRESETS = {  # what differs from the defaults
 
 def preset(args):
     """What replaces the defaults where the command line is silent."""
-    return PAPER if args.paper and args.env in ("wheeled", "nav2d") else PRESETS.get(args.env, {})
-
-
-def check(args):
-    """Refuse what no single argument can be blamed for."""
-    if args.num_tasks % WORLD:
-        fail(f"--num-tasks {args.num_tasks} does not divide among {WORLD} processes")
+    if args.paper and args.env in ("wheeled", "nav2d"):
+        return PAPER
+    own = {"latent_coef": 0.001} if (args.env, args.method) == ("reacher2", "maesn") else {}
+    return PRESETS.get(args.env, {}) | own
 
 
 def parse():
@@ -199,13 +178,15 @@ def parse():
 
 
 # ================================================================ 1. Environment
-def make_env(args, num_envs):
-    # The contract (envs/__init__.py); bring your own world by returning an object with these members:
-    #   num_envs B, horizon, obs_dims, action_dims, device, and perhaps splits, the names of its sets of tasks
+def make_env(args, num_envs, part=(0, 1)):
+    # The contract (envs/__init__.py); bring your own by returning an object with these members:
+    #   num_envs, horizon, num_agents, obs_dims, action_dims, discrete, device; splits, its sets of tasks
     #   reset(task) -> obs (B, O), one task a row;  sample_tasks(n, split) -> (n, task_dim)
     #   step(action (B, A)) -> obs, reward (B, 1), terminated (B,), truncated (B,), info
+    # as `part` of several shares under torchrun: random starts are drawn for the whole batch and cut
     try:
-        return envs.make(args.env, num_envs, horizon=args.horizon, device=args.device)
+        return envs.make(args.env, num_envs, horizon=args.horizon, device=args.device,
+                         threads=args.num_threads, part=part)
     except ValueError as error:
         fail(error)
 
@@ -213,34 +194,35 @@ def make_env(args, num_envs):
 # ================================================================ 2. Networks
 # Three flat vectors hold all numbers: phi (P,), what the fast updates move, with a step size alpha for each
 # entry, and psi (Q,), the shared policy; x = [phi, alpha, psi]. The encoders of M tasks are one (M, P), and
-# every layer is one batched product over the tasks. With --adapt-policy phi is [encoder, policy] and psi is
-# empty; a policy is then (M, Q), a row for each task.
+# every layer is one batched product over the tasks. Where fast updates move the policy, phi is [encoder,
+# policy] and psi is empty; the policies are then (M, Q), a row for each task. The encoder of a baseline is
+# the variable z alone: d numbers in maesn, none in maml and meta-sgd.
 class Net(NamedTuple):
     encoder: dict  # {name: shape} in the order of the flat vector
     policy: dict
     adapt_policy: bool
 
     def split(self, x):
-        """x (2P + Q,) -> phi (P,), alpha (P,), psi (Q,); psi is a part of phi if that takes the updates."""
-        P, Q = (sum(math.prod(s) for s in shapes.values()) for shapes in (self.encoder, self.policy))
+        """x (2P + Q,) -> phi (P,), alpha (P,), psi (Q,)."""
+        P, Q = size(self.encoder), size(self.policy)
         return x.split([P + Q, P + Q, 0] if self.adapt_policy else [P, P, Q])
 
     def parts(self, phi, psi):
-        """phi (M, P) and psi (Q,) -> weights of the encoder {name: (M, ...)} and the flat policy, (Q,) or
-        (M, Q)."""
-        P = sum(math.prod(s) for s in self.encoder.values())
-        return unflatten(phi[:, :P], self.encoder), phi[:, P:] if self.adapt_policy else psi
+        """phi (M, P) and psi (Q,) -> weights of the encoders {name: (M, ...)} and of the policy {name: ...},
+        with M in front if there is one for each task."""
+        P = size(self.encoder)
+        own = phi[:, P:] if self.adapt_policy else psi
+        return unflatten(phi[:, :P], self.encoder), unflatten(own, self.policy)
 
 
-def flatten(p, shapes):
-    """{name: (..., *shape)} -> (..., P)."""
-    return torch.cat([p[k].flatten(p[k].dim() - len(shape)) for k, shape in shapes.items()], -1)
+def size(shapes):
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def unflatten(x, shapes):
     """(..., P) -> {name: (..., *shape)}, views."""
     parts = x.split([math.prod(shape) for shape in shapes.values()], -1)
-    return {k: part.unflatten(-1, shape) for (k, shape), part in zip(shapes.items(), parts)}
+    return {name: part.unflatten(-1, shapes[name]) for name, part in zip(shapes, parts)}
 
 
 def columns(n, m, norm):
@@ -251,30 +233,34 @@ def columns(n, m, norm):
 
 def make_encoder(features, units, latent_dim):
     """Gates in the order z, r, candidate. Glorot-uniform wx, wh of orthonormal rows, small wp, biases 0."""
-    F, U = features, units
-    return {"wx": (2 * torch.rand(F, 3 * U) - 1) * math.sqrt(6 / (F + 3 * U)),
-            "wh": torch.nn.init.orthogonal_(torch.empty(U, 3 * U)), "b": torch.zeros(3 * U),
-            "wp": columns(U, latent_dim, 0.01), "bp": torch.zeros(latent_dim)}
+    limit = math.sqrt(6 / (features + 3 * units))
+    return {
+        "wx": (2 * torch.rand(features, 3 * units) - 1) * limit,
+        "wh": torch.nn.init.orthogonal_(torch.empty(units, 3 * units)),
+        "b": torch.zeros(3 * units),
+        "wp": columns(units, latent_dim, 0.01),
+        "bp": torch.zeros(latent_dim),
+    }
 
 
 def make_policy(obs_dim, action_dim, hidden, latent_dim):
     """O + d -> hidden -> hidden -> A means, A log stds; columns of norm 1, in the last layer 0.01."""
     sizes, p = [obs_dim + latent_dim, hidden, hidden, 2 * action_dim], {}
-    for l, (n, m) in enumerate(zip(sizes, sizes[1:])):
-        p |= {f"w{l}": columns(n, m, 0.01 if l == 2 else 1.0), f"b{l}": torch.zeros(m)}
+    for l in range(3):
+        p[f"w{l}"] = columns(sizes[l], sizes[l + 1], 0.01 if l == 2 else 1.0)
+        p[f"b{l}"] = torch.zeros(sizes[l + 1])
     return p
 
 
 def policy(p, obs, z):
-    """mean, log_std (M, ..., A) of one policy {name: (...)} or of M policies {name: (M, ...)} at observations
-    (M, ..., O) with embeddings z (M, d)."""
-    O, x = obs.shape[-1], obs.flatten(1, -2)  # (M, R, O)
-    w_obs, w_z = p["w0"].split([O, z.shape[-1]], -2)
+    """mean, log_std (M, R, A) of one policy {name: (...)} or of M policies {name: (M, ...)} at observations
+    (M, R, O) with embeddings z (M, d)."""
+    w_obs, w_z = p["w0"].split([obs.shape[-1], z.shape[-1]], -2)
     same = z[:, None] @ w_z + p["b0"].unsqueeze(-2)  # (M, 1, hidden): z is the same for all rows of a task
-    x = torch.tanh(x @ w_obs + same)
+    x = torch.tanh(obs @ w_obs + same)
     x = torch.tanh(x @ p["w1"] + p["b1"].unsqueeze(-2))
     x = x @ p["w2"] + p["b2"].unsqueeze(-2)
-    return x.unflatten(1, obs.shape[1:-1]).chunk(2, -1)
+    return x.chunk(2, -1)
 
 
 def gru(wx, wh, b, x, length):
@@ -282,7 +268,8 @@ def gru(wx, wh, b, x, length):
     h <- z * h + (1 - z) * n, from h = 0, with hs(v) = clip(v / 5 + 1/2, 0, 1). [Wz Wr Wn] is wx (M, F, 3U),
     [Uz Ur Un] wh (M, U, 3U), b (M, 3U). x (M, L, H, F) -> the state at each episode's end, (M, L, U)."""
     L, H, U = x.shape[1], x.shape[2], wh.shape[1]
-    inputs = (x.flatten(1, 2) @ wx + b[:, None]).unflatten(1, (L, H)).unbind(2)  # H times (M, L, 3U)
+    inputs = x.flatten(1, 2) @ wx + b[:, None]  # one product for all steps
+    inputs = inputs.unflatten(1, (L, H)).unbind(2)  # H times (M, L, 3U); [:, t] would be slow backwards
     u_gates, u_candidate = wh.split([2 * U, U], -1)
     h = torch.zeros_like(inputs[0][..., :U])
     for t in range(int(length.max())):
@@ -296,18 +283,41 @@ def gru(wx, wh, b, x, length):
 
 def encode(p, buffer):
     """eq. (3): z (M, d), the mean over the buffered episodes of the GRU's last state, projected. An empty
-    buffer (None) gives z = 0."""
+    buffer (None) gives z = 0. In a baseline z is a variable itself."""
+    if "z" in p:
+        return p["z"]
     if buffer is None:
         return torch.zeros_like(p["bp"])
     last = gru(p["wx"], p["wh"], p["b"], buffer.x, buffer.length)  # (M, L, U)
     return (last.mean(1, keepdim=True) @ p["wp"])[:, 0] + p["bp"]
 
 
+def build(args, env):
+    """The net, x = [phi, alpha, psi] (2P + Q,) and Adam."""
+    if env.discrete or env.num_agents > 1 or not hasattr(env, "sample_tasks"):
+        fail(f"{args.env}: this script plays one agent with continuous actions and tasks to sample")
+    O, A = env.obs_dims[0], env.action_dims[0]
+    of_policy = args.method in ("maml", "meta-sgd")
+    d = 0 if of_policy else args.latent_dim
+    if args.method == "tesp":
+        encoder = make_encoder(O + 2 * A + 1, args.gru_units, d)
+    else:
+        encoder = {"z": columns(d, 1, 0.01)[:, 0]}
+    actor = make_policy(O, A, args.hidden, d)
+    shapes = [{name: tuple(v.shape) for name, v in p.items()} for p in (encoder, actor)]
+    net = Net(*shapes, adapt_policy=args.adapt_policy or of_policy)
+    phi, psi = (torch.cat([v.flatten() for v in p.values()]) for p in (encoder, actor))
+    if net.adapt_policy:
+        phi, psi = torch.cat([phi, psi]), psi[:0]
+    x = torch.cat([phi, torch.full_like(phi, args.inner_lr), psi]).to(args.device)
+    return net, x, torch.optim.Adam([x], lr=args.outer_lr)
+
+
 # ================================================================ 3. Rollout
 # All tasks and episodes are played as one batch of B = M E rows [D2], one episode a row [D1]; row r belongs
-# to task r // E. z is computed once and stays for the whole batch. No graph is recorded while playing. The
-# noise of a task comes from a generator keyed by (seed, iteration, task, phase): it does not depend on who
-# plays the task, alone or beside others, in this process or another.
+# to task r // E. z is computed once and stays for the whole batch. No graph is recorded while playing.
+# Positions are as in [D4]. Noise is drawn for all tasks before processes share them out, so that what is
+# learned does not depend on how many there are.
 class Play(NamedTuple):
     obs: torch.Tensor  # (M, H, E, O)
     action: torch.Tensor  # (M, H, E, A)
@@ -318,27 +328,19 @@ class Play(NamedTuple):
     arrived: torch.Tensor  # (M, E), 1 where the goal was reached
 
 
-def keyed_noise(key, tasks, phase, *shape):
-    """(M, *shape) standard normal numbers, those of task i from a generator seeded with (*key, i, phase)."""
-    out = []
-    for i in tasks:
-        seed = int(np.random.SeedSequence([*key, i, phase]).generate_state(1, np.uint64)[0] >> 1)
-        out.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
-    return torch.stack(out)
-
-
 @torch.no_grad()
 def rollout(env, p, z, goals, noise):
     """Play one batch with policy p and embeddings z (M, d) on goals (M, D); noise (M, H, E, A) is what the
     actions are drawn with."""
-    M, _, E, _ = noise.shape
-    obs, steps = env.reset(goals.repeat_interleave(E, 0)), []
-    noise = noise.to(z.device).unbind(1)
+    M, H, E, _ = noise.shape
+    obs = env.reset(goals.repeat_interleave(E, 0))
     alive = torch.ones(M, E, device=z.device)
-    for t in range(env.horizon):
+    noise = noise.to(z.device).unbind(1)
+    steps = []
+    for t in range(H):
         x = obs.view(M, E, -1)
         mean, log_std = policy(p, x, z)
-        action = mean + log_std.exp() * noise[t]  # the world clips its own copy
+        action = mean + log_std.exp() * noise[t]  # the env clips its own copy
         obs, reward, terminated, _, info = env.step(action.flatten(0, 1))
         steps.append((x, action, mean, log_std, reward.view(M, E) * alive, alive))
         alive = alive * ~terminated.view(M, E)
@@ -346,49 +348,38 @@ def rollout(env, p, z, goals, noise):
     return Play(*(torch.stack(x, 1) for x in zip(*steps)), arrived)
 
 
-def episode_mean(x, play):
-    """Mean of (M, E) over the episodes that count -> (M,)."""
-    return (x * play.mask[:, 0]).sum(1) / play.mask[:, 0].sum(1)
-
-
 # ================================================================ 4. Objectives
 # Pure functions of tensors, for each task. While time matters they are (M, H, E), time in dimension 1; then
 # only the valid steps are kept, as rows (M, R), and `weight` is that of each in its task's mean.
 def returns_to_go(reward, gamma):
     """R_t = sum_{u >= t} gamma^(u-t) r_u over dimension 1."""
-    out, acc = torch.empty_like(reward), torch.zeros_like(reward[:, 0])
-    for t in reversed(range(reward.shape[1])):
-        acc = reward[:, t] + gamma * acc
-        out[:, t] = acc
+    out = reward.clone()
+    for t in reversed(range(reward.shape[1] - 1)):
+        out[:, t] += gamma * out[:, t + 1]
     return out
 
 
 def linear_baseline(obs, target, mask, ridge=1e-5):
-    """eq. (6): ridge regression of target (M, H, E) on [o, o^2, t, t^2, t^3, 1], t in hundreds of steps and o
-    (M, H, E, O) clipped to +-10, for each task -> its values (M, H, E), 0 outside of mask. In float64, by a
-    solver that stands singular features: a world that never moves has them."""
-    M, H, E = target.shape
+    """eq. (5): ridge regression of target (M, H, E) on [o, o^2, t, t^2, t^3, 1], t in hundreds of steps and o
+    (M, H, E, O) clipped to +-10, for each task -> its values (M, H, E), 0 outside of mask. In float64."""
     o = obs.double().clamp(-10, 10)
-    t = (torch.arange(H, device=obs.device, dtype=torch.float64) / 100).view(1, H, 1, 1).expand(M, H, E, 1)
-    x = torch.cat([o, o * o, t, t**2, t**3, torch.ones_like(t)], -1) * mask[..., None].double()
-    x, y = x.flatten(1, 2), target.double().flatten(1, 2)[..., None]  # (M, HE, 2O+4), (M, HE, 1)
-    gram, moment = (x.mT @ x).cpu(), (x.mT @ y).cpu()
-    eye = torch.eye(x.shape[-1], dtype=torch.float64)
-    w = torch.full_like(moment, math.nan)
-    for attempt in range(5 if gram.isfinite().all() and moment.isfinite().all() else 0):
-        w = torch.linalg.lstsq(gram + ridge * 10**attempt * eye, moment, driver="gelsd").solution
-        if w.isfinite().all():
-            break
-    return (x @ w.to(x.device)).view(M, H, E).to(target.dtype)
+    t = torch.arange(target.shape[1], device=obs.device).double() / 100
+    t = t.view(1, -1, 1, 1).expand(*target.shape, 1)
+    x = torch.cat([o, o**2, t, t**2, t**3, torch.ones_like(t)], -1)
+    x = (x * mask[..., None]).flatten(1, 2)  # (M, H E, 2O + 4)
+    y = target.double().flatten(1, 2)[..., None]  # (M, H E, 1)
+    gram = x.mT @ x + ridge * torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
+    w = torch.linalg.solve(gram, x.mT @ y)
+    return (x @ w).view_as(target).to(target.dtype)
 
 
 def gae(reward, value, mask, gamma, gae_lambda):
-    """eq. (7): A_t = sum_u (gamma lambda)^u delta_{t+u}, delta_t = r_t + gamma v_{t+1} - v_t; v = 0 after the
+    """eq. (6): A_t = sum_u (gamma lambda)^u delta_{t+u}, delta_t = r_t + gamma v_{t+1} - v_t; v = 0 after the
     last step: arrival, a fall, and the time limit too, as the baseline knows the time. All (M, H, E)."""
-    assert reward.shape == value.shape == mask.shape
     value = value * mask
     next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
-    return returns_to_go((reward + gamma * next_value - value) * mask, gamma * gae_lambda)
+    delta = (reward + gamma * next_value - value) * mask
+    return returns_to_go(delta, gamma * gae_lambda)
 
 
 def log_prob(mean, log_std, action):
@@ -404,15 +395,15 @@ def gaussian_kl(mean_0, log_std_0, mean_1, log_std_1):
 
 
 def inner_loss(mean, log_std, rows):
-    """eq. (8): -mean log pi A -> (M,). No entropy, no value, nothing of z itself."""
+    """eq. (7): -mean log pi A -> (M,). No entropy, no value, nothing of z itself."""
     return -(rows.weight * log_prob(mean, log_std, rows.action) * rows.adv).sum(1)
 
 
 def surrogate(mean, log_std, rows, clip_coef):
-    """eq. (10) without its penalty: -mean min(ratio A, clip(ratio) A) -> (M,), and KL(old || new) (M,)."""
-    assert mean.shape == rows.mean.shape
+    """eq. (9) without its penalty: -mean min(ratio A, clip(ratio) A) -> (M,), and KL(old || new) (M,)."""
     ratio = torch.exp(log_prob(mean, log_std, rows.action) - rows.logprob)
-    gain = torch.minimum(ratio * rows.adv, ratio.clamp(1 - clip_coef, 1 + clip_coef) * rows.adv)
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    gain = torch.minimum(ratio * rows.adv, clipped * rows.adv)
     kl = gaussian_kl(rows.mean, rows.log_std, mean, log_std)
     return -(rows.weight * gain).sum(1), (rows.weight * kl).sum(1)
 
@@ -420,12 +411,11 @@ def surrogate(mean, log_std, rows, clip_coef):
 # ================================================================ 5. Update
 # All of it is first order: g enters phi_i = phi - clip(alpha) * g as a constant, so no gradient of a gradient
 # is ever taken, and one backward pass through policy and encoder gives everything.
-INNER_CLIP, ALPHA_BOUND = 60.0, 0.1  # largest norm of a task's inner gradient, and of a step size
+INNER_CLIP = 60.0  # largest norm of a task's inner gradient
+ALPHA_BOUND = 0.1  # largest size of a step size
 
 
-class Batch(NamedTuple):
-    """The valid steps of a Play first, in dimension 1."""
-
+class Batch(NamedTuple):  # the valid steps of a Play first, in dimension 1
     obs: torch.Tensor  # (M, R, O)
     action: torch.Tensor  # (M, R, A)
     mean: torch.Tensor  # (M, R, A) of the policy that acted, as are the next two
@@ -435,9 +425,7 @@ class Batch(NamedTuple):
     weight: torch.Tensor  # (M, R): 1 / (number of valid steps), 0 for what is not valid
 
 
-class Episodes(NamedTuple):
-    """What a buffer holds."""
-
+class Episodes(NamedTuple):  # what a buffer holds
     x: torch.Tensor  # (M, L, H, F): observation, mean and log std that acted, reward; 0 after the end
     length: torch.Tensor  # (M, L)
     ret: torch.Tensor  # (M, L), undiscounted
@@ -445,37 +433,38 @@ class Episodes(NamedTuple):
 
 @torch.no_grad()
 def process(play, args):
-    """Play -> Batch: eqs. (6) and (7)."""
+    """Play -> Batch: eqs. (5) and (6)."""
     value = linear_baseline(play.obs, returns_to_go(play.reward, args.gamma), play.mask)
     adv = gae(play.reward, value, play.mask, args.gamma, args.gae_lambda)
     logprob = log_prob(play.mean, play.log_std, play.action)
+
+    # the valid steps first; what no task needs is cut off
     mask = play.mask.flatten(1)  # (M, H E)
-    order = torch.argsort(-mask, dim=1, stable=True)[:, : int(mask.sum(1).max())]
-    first = lambda x: x.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
-    scalars = first(torch.stack([logprob, adv, play.mask], -1))  # (M, R, 3)
-    logprob, adv, mask = scalars.unbind(-1)
-    rows = [first(x) for x in (play.obs, play.action, play.mean, play.log_std)]
-    return Batch(*rows, logprob.contiguous(), adv.contiguous(), mask / mask.sum(1, keepdim=True))
+    order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]  # (M, R)
+    logprob, adv, mask = (x.flatten(1).gather(1, order) for x in (logprob, adv, play.mask))
+    vectors = (play.obs, play.action, play.mean, play.log_std)
+    rows = [torch.take_along_dim(x.flatten(1, 2), order[..., None], 1) for x in vectors]
+    return Batch(*rows, logprob, adv, mask / mask.sum(1, keepdim=True))
 
 
 def episodes(play):
     """Play -> Episodes, one of each row."""
-    x = torch.cat([play.obs, play.mean, play.log_std, play.reward[..., None]], -1) * play.mask[..., None]
-    ret = play.reward.sum(1).masked_fill(play.mask[:, 0] == 0, -math.inf)  # was not kept: never the best
-    return Episodes(x.transpose(1, 2), play.mask.sum(1).long(), ret)
+    x = torch.cat([play.obs, play.mean, play.log_std, play.reward[..., None]], -1)
+    x = (x * play.mask[..., None]).transpose(1, 2)  # (M, E, H, F)
+    return Episodes(x, play.mask.sum(1).long(), play.reward.sum(1))
 
 
 def keep(old, new, kind, size):
     """eq. (1): the buffer (None: empty) after a batch of Episodes. best: the `size` episodes with the largest
     return, ties by age; last: the new ones; all."""
-    if old is None or kind == "last":
-        both = new
-    else:
+    both = new
+    if old is not None and kind != "last":
         both = Episodes(*(torch.cat(pair, 1) for pair in zip(old, new)))
     if kind != "best":
         return both
-    order = both.ret.sort(dim=1, descending=True, stable=True).indices[:, :size]  # (M, L)
-    return Episodes(*(x[torch.arange(len(x), device=x.device)[:, None], order] for x in both))
+    order = both.ret.argsort(dim=1, descending=True, stable=True)[:, :size]  # (M, L)
+    task = torch.arange(len(order), device=order.device)[:, None]
+    return Episodes(*(x[task, order] for x in both))
 
 
 def adapted(phi, alpha, g):
@@ -483,169 +472,173 @@ def adapted(phi, alpha, g):
     return phi - alpha.clamp(-ALPHA_BOUND, ALPHA_BOUND) * g
 
 
-class Adapted(NamedTuple):
-    g: torch.Tensor  # (M, P), the sum of the inner gradients
-    buffer: Episodes  # as it was when V was played
-    z: torch.Tensor  # (M, d), with which V was played
-    batch: Batch  # V
-    plays: list  # W, D_0 .. D_{J-1}, V
-
-
 def adapt(net, x, M, play, args):
-    """eq. (9) and all before it, the fast updates of M tasks. play(phase, p, z) plays phase 0 (W), 1 .. J
-    (D_0 ..) and J + 1 (V) with policy p and embeddings z. The k-th gradient sees the buffer without D_k."""
+    """eq. (8) and all before it, the fast updates of M tasks. play(actor, z) plays W, D_0 .. D_{J-1} and V
+    with a policy and embeddings z. The k-th gradient sees the buffer without D_k. Returns the sum g (M, P) of
+    the inner gradients, the buffer, V as a Batch and all plays."""
     phi, alpha, psi = net.split(x.detach())
-    g, buffer, plays = phi.new_zeros(M, len(phi)), None, []
-    for phase in range(args.inner_steps + 2):
+    g = phi.new_zeros(M, len(phi))
+    buffer, plays = None, []
+    first = 0 if args.method == "tesp" else 1  # a baseline has no warm-up
+    for phase in range(first, args.inner_steps + 2):
+        # play with the weights of eq. (2)
         phi_i = adapted(phi, alpha, g).requires_grad_()
-        p, own = net.parts(phi_i, psi)
-        z, own = encode(p, buffer), unflatten(own, net.policy)
-        plays.append(play(phase, own, z))
-        batch = process(plays[-1], args)
-        if 0 < phase <= args.inner_steps:
-            loss = inner_loss(*policy(own, batch.obs, z), batch)
+        encoder, actor = net.parts(phi_i, psi)
+        z = encode(encoder, buffer)
+        plays.append(play(actor, z))
+        if phase > args.inner_steps:
+            return g, buffer, process(plays[-1], args), plays
+
+        # the fast update, from z on; then the buffer
+        if phase > 0:
+            batch = process(plays[-1], args)
+            loss = inner_loss(*policy(actor, batch.obs, z), batch)
             g_k = torch.autograd.grad(loss.sum(), phi_i)[0]
-            g = g + g_k * (INNER_CLIP / (g_k.norm(dim=1, keepdim=True) + 1e-12)).clamp(max=1)
-        if phase <= args.inner_steps:
+            norm = g_k.norm(dim=1, keepdim=True)
+            g = g + g_k * (INNER_CLIP / norm).clamp(max=1)  # 60 / 0 is clamped to 1 as well
+        if args.method == "tesp":
             buffer = keep(buffer, episodes(plays[-1]), args.buffer, args.buffer_size)
-    return Adapted(g, buffer, z.detach(), batch, plays)
 
 
-def outer_gradient(net, x, out, args):
-    """eqs. (10) and (11): the clipped loss without its penalty, KL(old || new) and mean z^2, means over the
-    tasks of all processes, and dL/dx (2P + Q,)."""
+def outer_gradient(net, x, g, buffer, batch, args):
+    """eqs. (9) and (10): the clipped loss without its penalty, KL(old || new), means over the tasks of all
+    processes, and dL/dx (2P + Q,)."""
     x = x.detach().requires_grad_()
     phi, alpha, psi = net.split(x)
-    phi_i = adapted(phi, alpha if args.learn_alpha else alpha.detach(), out.g)
-    p, own = net.parts(phi_i, psi)
-    z = encode(p, out.buffer)
-    loss, kl = surrogate(*policy(unflatten(own, net.policy), out.batch.obs, z), out.batch, args.clip_coef)
-    loss, kl, size = loss.mean(), kl.mean(), (z**2).mean()
-    gradient = torch.autograd.grad(loss + args.latent_coef * size, x)[0]
-    numbers = torch.stack([loss, kl, size]).detach()
+    if args.method == "maml" or not args.learn_alpha:
+        alpha = alpha.detach()
+    encoder, actor = net.parts(adapted(phi, alpha, g), psi)
+    z = encode(encoder, buffer)
+    loss, kl = surrogate(*policy(actor, batch.obs, z), batch, args.clip_coef)
+    penalty = args.latent_coef * (z**2).sum() / max(z.numel(), 1)  # maml and meta-sgd have no z
+    gradient = torch.autograd.grad(loss.mean() + penalty, x)[0]
+    numbers = torch.stack([loss.mean(), kl.mean()]).detach()
     flat = mean_over_processes(torch.cat([numbers, gradient]))
-    return *flat[:3], flat[3:]
+    return flat[0], flat[1], flat[2:]
 
 
-# Under torchrun every process plays a share of the tasks; all gather the same numbers and take the same
-# step, so no weights need to be sent. Only the first process (RANK 0) keeps its run folder.
+# Under torchrun every process plays a share of the tasks [D2]; all average the same numbers and take the
+# same step, so no weights need to be sent. Only the first process (RANK 0) keeps its run folder.
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 
-def gather(x):
-    """(n, ...) of each process -> (n * WORLD, ...) of all, in order of rank."""
+def mean_over_processes(x):
     if WORLD == 1:
         return x
-    parts = [torch.empty_like(x, device="cpu") for _ in range(WORLD)]
-    torch.distributed.all_gather(parts, x.detach().cpu().contiguous())
-    return torch.cat(parts).to(x.device)
+    total = x.detach().cpu().clone()
+    torch.distributed.all_reduce(total)
+    return (total / WORLD).to(x.device)
 
 
-def mean_over_processes(x):
-    return x if WORLD == 1 else gather(x[None]).mean(0)
+def meta_update(env, net, x, optimizer, args):
+    """One meta-iteration; x changes in place. Returns {tag: value} and the mean return of each phase."""
+    M = args.num_tasks // WORLD
+    mine = slice(RANK * M, RANK * M + M)  # the tasks of this process
+    goals = env.sample_tasks(args.num_tasks)[mine]
 
+    def play(actor, z):
+        noise = torch.randn(args.num_tasks, args.horizon, args.num_episodes, env.action_dims[0])
+        return rollout(env, actor, z, goals, noise[mine])
 
-def meta_update(env, net, x, optimizer, iteration, args):
-    """One meta-iteration, the algorithm box; x = [phi, alpha, psi] changes in place. Returns {tag: value} and
-    the mean return of an episode in each phase, (J + 2,)."""
-    M, first = args.num_tasks // WORLD, RANK * args.num_tasks // WORLD
-    goals, mine = env.sample_tasks(args.num_tasks)[first : first + M], range(first, first + M)
-    shape = (args.horizon, args.num_episodes, env.action_dims[0])
-
-    def play(phase, p, z):
-        return rollout(env, p, z, goals, keyed_noise((args.seed % 2**64, 0, iteration), mine, phase, *shape))
-
-    out = adapt(net, x, M, play, args)
-    best, best_loss, kept, logs = x.clone(), math.inf, 0, {}
-    for n in range(args.epochs):  # eq. (12)
-        loss, kl, size, gradient = outer_gradient(net, x, out, args)
+    # the inner loop, then PPO on V with the best-iterate rule of eq. (11)
+    g, buffer, batch, plays = adapt(net, x, M, play, args)
+    best, best_loss, logs = x.clone(), math.inf, {"losses/outer": math.inf}
+    for n in range(args.epochs):
+        loss, kl, gradient = outer_gradient(net, x, g, buffer, batch, args)
         if n == 0:
             logs["grad/norm_outer"] = gradient.norm()
         if kl < args.delta and loss < best_loss:
-            best, best_loss, kept = x.clone(), loss, n
-            logs |= {"losses/outer": loss, "losses/kl": kl, "losses/z_squared": size}
+            best, best_loss = x.clone(), loss
+            logs |= {"losses/outer": loss, "losses/kl": kl, "losses/iterate": n}
         if n < args.epochs - 1:
             x.grad = gradient
             optimizer.step()
     x.copy_(best)  # Adam's moments are not taken back
-    logs = {"losses/outer": best_loss} | logs  # not finite if no iterate was
-    returns = [episode_mean(play.reward.sum(1), play) for play in out.plays]
-    returns, last = gather(torch.stack(returns, 1)).mean(0), out.plays[-1]
-    numbers = torch.stack([out.g.norm(dim=1).mean(), last.log_std.mean(),
-                           episode_mean(last.arrived, last).mean(),
-                           episode_mean(last.mask.sum(1), last).mean()])
-    tags = ("grad/norm_inner", "charts/log_std", "charts/arrived", "charts/episode_length")
-    logs |= dict(zip(tags, mean_over_processes(numbers)))
-    return logs | {"losses/iterate": kept, "adapt/alpha": net.split(x)[1].abs().mean()}, returns
+
+    # what is logged: means over the tasks of all processes
+    measures = {
+        "grad/norm_inner": g.norm(dim=1).mean(),
+        "charts/log_std": plays[-1].log_std.mean(),
+        "charts/arrived": plays[-1].arrived.mean(),
+        "adapt/alpha": net.split(x)[1].abs().mean(),
+    }
+    logs |= zip(measures, mean_over_processes(torch.stack([*measures.values()])))
+    return logs, mean_over_processes(torch.stack([play.reward.sum(1).mean() for play in plays]))
 
 
 # ================================================================ 6. Evaluation
 # Meta-test: the whole inner procedure on goals of each set, D (trained on), D' (held out) and D'' (farther
-# away than any in training), without an outer step. "0 updates" already reads the warm-up's episodes: compare
-# methods at equal episodes. Own world, own noise: how often one evaluates does not change what is learned.
+# away than any in training), without an outer step. All methods and seeds meet the same goals. TESP's warm-up
+# costs episodes too: compare methods at equal numbers of episodes seen. Own env, own random numbers.
 TEST_SEED = 1
 SETS = {"train": "D, goals of training", "test": "D', held out", "test2": "D'', farther away"}
 
 
+def phases(args):
+    """Names of the batches that are played for a task. The k-th follows k E episodes seen."""
+    warmup = ["warmup"] if args.method == "tesp" else []
+    return warmup + [str(k) for k in range(args.inner_steps + 1)]
+
+
 def evaluate(args, net, x, split="test", env=None):
-    """Adapt to args.eval_tasks goals of a split -> goals (n, D) and Adapted."""
+    """Adapt to args.eval_tasks goals of a split -> the plays of all phases."""
     n, E = args.eval_tasks, args.eval_episodes
     env = env or make_env(args, n * E)
     with torch.random.fork_rng():
         torch.manual_seed(TEST_SEED)
         goals = env.sample_tasks(n, split)
-        key = (args.seed % 2**64, 1 + list(SETS).index(split), 0)
 
-        def play(phase, p, z):
-            noise = keyed_noise(key, range(n), phase, env.horizon, E, env.action_dims[0])
-            return rollout(env, p, z, goals, noise)
+        def play(actor, z):
+            return rollout(env, actor, z, goals, torch.randn(n, args.horizon, E, env.action_dims[0]))
 
-        return goals, adapt(net, x, n, play, args)
+        return adapt(net, x, n, play, args)[-1]
 
 
-def evaluate_all(args, net, x, splits):
-    """{split: (returns (n, J + 2), lengths (n, J + 2), arrived (n, J + 2))}, means over a task's episodes."""
+def evaluate_all(args, net, x, splits=None):
+    """{split: (returns, arrived)}, by default of all: each (n, phases), means over a task's episodes."""
     results = {}
-    for split in splits:
-        plays = evaluate(args, net, x, split)[1].plays
-        results[split] = [torch.stack([number(play) for play in plays], 1) for number in (
-            lambda p: p.reward.sum(1).mean(1), lambda p: p.mask.sum(1).mean(1), lambda p: p.arrived.mean(1))]
+    for split in splits or make_env(args, 1).splits:
+        plays = evaluate(args, net, x, split)
+        returns = [play.reward.sum(1).mean(1) for play in plays]
+        arrived = [play.arrived.mean(1) for play in plays]
+        results[split] = torch.stack(returns, 1), torch.stack(arrived, 1)
     return results
 
 
 def interval(x):
-    """Half width of the 95 % interval of the mean over dimension 0."""
-    return 1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))
+    """Half width of the 95 % interval of the mean of (n,)."""
+    return 1.96 * x.std(correction=min(1, len(x) - 1)) / math.sqrt(len(x))
 
 
-def summary(results):
+def summary(results, args):
     """{tag: value} of evaluate_all()."""
     flat = {}
-    for split, (returns, *others) in results.items():
-        names = ["warmup", *range(returns.shape[1] - 1)]
-        for name, mean, half in zip(names, returns.mean(0).tolist(), interval(returns).tolist()):
-            flat |= {f"eval/{split}/return_{name}": mean, f"eval/{split}/return_{name}_ci95": half}
-        for tag, numbers in zip(("length", "arrived"), others):
-            flat[f"eval/{split}/{tag}"] = numbers[:, -1].mean().item()
+    for split, (returns, arrived) in results.items():
+        for name, column in zip(phases(args), returns.T):
+            flat[f"eval/{split}/return_{name}"] = column.mean().item()
+            flat[f"eval/{split}/return_{name}_ci95"] = interval(column).item()
+        flat[f"eval/{split}/arrived"] = arrived[:, -1].mean().item()
     return flat
 
 
 def table(results, args):
-    """Return of an episode in the warm-up and after 0..J fast updates, on each set."""
-    row = lambda name, values: f"{name:24s}" + "".join(f"{v:>11s}" for v in values)
-    columns = ["warm-up", *(f"{k} updates" for k in range(args.inner_steps + 1)), "length", "arrived"]
-    lines = [f"{args.env}: return on {args.eval_tasks} goals of each set, ± 95 % interval"]
-    lines.append(row("", columns))
-    for split, (returns, length, arrived) in results.items():
-        ends = [f"{length[:, -1].mean():.0f}", f"{100 * arrived[:, -1].mean():.0f} %"]
-        lines += [row(SETS[split], [f"{v:.1f}" for v in returns.mean(0).tolist()] + ends),
-                  row("  ±", [f"{v:.1f}" for v in interval(returns).tolist()])]
+    """Return against the episodes of a goal seen before, on each set."""
+    heads = [f"{k * args.eval_episodes} seen" for k in range(len(phases(args)))] + ["arrived"]
+    lines = [f"{args.env}, {args.method}: return on {args.eval_tasks} goals a set, by the episodes seen"]
+    lines.append(" " * 24 + "".join(f"{head:>16s}" for head in heads))
+    for split, (returns, arrived) in results.items():
+        cells = [f"{column.mean():.1f} ± {interval(column):.1f}" for column in returns.T]
+        cells.append(f"{100 * arrived[:, -1].mean():.0f} %")
+        lines.append(f"{SETS[split]:24s}" + "".join(f"{cell:>16s}" for cell in cells))
     return "\n".join(lines)
 
 
-def splits_of(args):
-    return getattr(make_env(args, 1), "splits", ("train", "test"))
+def film(args, net, x, folder):
+    """play.gif: the first batch beside the last."""
+    camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
+    evaluate(args, net, x, env=camera)
+    print(camera.save(folder / "play.gif", {"at first": 0, f"after {args.inner_steps} updates": -1}))
 
 
 # ================================================================ 7. Runs
@@ -750,40 +743,23 @@ class Run:
 
 
 # ================================================================ 8. Train
-def build(args, env):
-    """The net, x = [phi, alpha, psi] (2P + Q,) and Adam."""
-    O, A = env.obs_dims[0], env.action_dims[0]
-    encoder = make_encoder(O + 2 * A + 1, args.gru_units, args.latent_dim)
-    shared = make_policy(O, A, args.hidden, args.latent_dim)
-    net = Net(*({k: tuple(v.shape) for k, v in p.items()} for p in (encoder, shared)), args.adapt_policy)
-    phi, psi = flatten(encoder, net.encoder), flatten(shared, net.policy)
-    if args.adapt_policy:
-        phi, psi = torch.cat([phi, psi]), psi[:0]
-    x = torch.cat([phi, torch.full_like(phi, args.inner_lr), psi]).to(args.device)
-    return net, x, torch.optim.Adam([x], lr=args.outer_lr)
-
-
 def report(args, results, folder, step):
     """Print the table of an evaluation and write eval.json."""
     print(table(results, args))
-    write_eval(folder, summary(results) | {"global_step": step, "seed": args.seed})
-
-
-def film(args, net, x, folder):
-    """play.gif: the warm-up beside the last batch."""
-    camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
-    evaluate(args, net, x, env=camera)
-    print(camera.save(folder / "play.gif", {"warm-up": 0, f"after {args.inner_steps} updates": -1}))
+    write_eval(folder, summary(results, args) | {"global_step": step, "seed": args.seed})
 
 
 def train(args):
-    check(args)
+    if args.num_tasks % WORLD:
+        fail(f"--num-tasks {args.num_tasks} does not divide among {WORLD} processes")
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
-    env = make_env(args, args.num_tasks // WORLD * args.num_episodes)
+    env = make_env(args, args.num_tasks // WORLD * args.num_episodes, (RANK, WORLD))
     net, x, optimizer = build(args, env)
+
+    # an earlier run, to continue or to evaluate
     state, iteration, step = None, 0, 0
     if path := args.resume or args.evaluate:
         state = load(path)
@@ -791,26 +767,27 @@ def train(args):
         optimizer.load_state_dict(state["optimizer"])
         iteration, step = state["iteration"], state["step"]
     if args.evaluate:
-        report(args, evaluate_all(args, net, x, splits_of(args)), state["folder"], step)
+        report(args, evaluate_all(args, net, x), state["folder"], step)
         return film(args, net, x, state["folder"]) if args.capture_video else None
     if RANK:  # computes what the first process does, and keeps nothing
-        sys.stdout, args = open(os.devnull, "w"), replace(args, run_dir=tempfile.mkdtemp())
+        sys.stdout = open(os.devnull, "w")
+        args = replace(args, run_dir=tempfile.mkdtemp())
         state = state and state | {"folder": Path(args.run_dir)}
 
     with Run(args, state) as run:
         stop = False
         while not stop:
-            logs, returns = meta_update(env, net, x, optimizer, iteration, args)
+            logs, returns = meta_update(env, net, x, optimizer, args)
             iteration += 1
-            step += args.num_tasks * args.num_episodes * args.horizon * (args.inner_steps + 2)
-            logs |= {f"adapt/return_{k}": v for k, v in zip(["warmup", *range(len(returns) - 1)], returns)}
-            logs["charts/episodic_return"] = returns[-1]  # of the adapted policy
+            step += args.num_tasks * args.num_episodes * args.horizon * len(returns)
+            logs |= {f"adapt/return_{name}": value for name, value in zip(phases(args), returns)}
+            logs["charts/episodic_return"] = returns[-1]  # after the last update
             done = step >= args.total_steps
             milestone = done or args.eval_every and iteration % args.eval_every == 0
-            stop = done or bool(gather(torch.tensor([run.interrupted])).any())
+            stop = done or mean_over_processes(torch.tensor([1.0 * run.interrupted])) > 0
             if milestone:
-                results = evaluate_all(args, net, x, splits_of(args) if done else ["test"])
-                logs |= summary(results)
+                results = evaluate_all(args, net, x, None if done else ["test"])
+                logs |= summary(results, args)
             text = f"iteration {iteration}: return {returns[0]:.1f} -> {returns[-1]:.1f}"
             run.log(logs, step, text, milestone)
             if stop or iteration % args.save_every == 0:

@@ -1,10 +1,12 @@
 """
-How fast a meta-iteration of tesp.py is, with its split, beside naive_tesp.py (one task after the other, one
-MjData an episode, autograd through the GRU) and the floors: raw physics, and the arithmetic at the rate of
-this machine's matrix products. Used by speed.py.
+How fast a meta-iteration of tesp.py is, with its split, beside tests/oracles/tesp.py (one task after the
+other, one MjData an episode, a GRU cell a time step) and the floors: raw physics, and the arithmetic at the
+rate of this machine's matrix products. Used by speed.py.
 """
 
+import importlib.util
 import time
+from pathlib import Path
 
 HEAD = ["what", "tasks", "threads", "seconds", "cpu_seconds", "steps_per_s", "s_per_task", "times_naive"]
 PARTS = ("physics", "encoder", "policy", "optimiser")
@@ -22,11 +24,15 @@ def cases(quick, all_threads):
 
 
 def settings(case):
+    import torch
+
     import tesp
 
     more = dict(num_episodes=4, horizon=40, hidden=32, gru_units=32) if case["quick"] else {}
-    args = tesp.Args(env="wheeled", paper=True, num_tasks=case["tasks"], num_threads=case["threads"], **more)
-    tesp.set_up(tesp.resolve(args))
+    sizes = tesp.preset(tesp.Args(env="wheeled", paper=True)) | more
+    args = tesp.Args(**sizes | dict(num_tasks=case["tasks"], num_threads=case["threads"]))
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
     env = tesp.make_env(args, args.num_tasks * args.num_episodes)
     return tesp, args, env, tesp.build(args, env)
 
@@ -59,26 +65,35 @@ def measure_batched(case):
     if part == "physics":
         env.sim.step = clock(env.sim.step)
     if part == "encoder":
-        tesp.GRU.forward = staticmethod(clock(tesp.GRU.forward))
-        tesp.GRU.backward = staticmethod(clock(tesp.GRU.backward))
+        tesp.encode = clock(tesp.encode)  # forwards; its backward pass is part of autograd's
     if part == "policy":
-        tesp.policy, tesp.through_policy = clock(tesp.policy), clock(tesp.through_policy)
+        tesp.policy = clock(tesp.policy)
     if part == "optimiser":
         optimizer.step = clock(optimizer.step)
     whole = Clock()
-    whole(tesp.meta_update)(env, net, x, optimizer, 0, args)
+    whole(tesp.meta_update)(env, net, x, optimizer, args)
     return (clock.wall, clock.cpu) if part else (whole.wall, whole.cpu)
+
+
+def oracle():
+    """tests/oracles/tesp.py, which has the name of the script."""
+    path = Path(__file__).parents[1] / "tests" / "oracles" / "tesp.py"
+    spec = importlib.util.spec_from_file_location("tesp_oracle", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def measure_naive(case):
     """The same meta-iteration of one task, one MjData an episode."""
-    import naive_tesp as naive
     import torch
 
     from envs.goal_robots import TEXTS
 
     tesp, args, env, (net, x, _) = settings(case)
-    groups = [{k: v.clone().requires_grad_() for k, v in p.items()} for p in tesp.named(net, x).values()]
+    naive = oracle()
+    parts = zip(net.split(x), (net.encoder, net.encoder, net.policy))
+    groups = [{k: v.clone().requires_grad_() for k, v in tesp.unflatten(*part).items()} for part in parts]
     world = naive.SerialWheeled(args.num_episodes, args.horizon, TEXTS["wheeled"]())
     noise = lambda task, phase: torch.randn(args.horizon, args.num_episodes, env.action_dims[0])
     clock = Clock()

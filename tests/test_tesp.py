@@ -1,10 +1,9 @@
-"""TESP's equations against hand-computed numbers, step-by-step loops, autograd and finite differences."""
+"""TESP's equations by hand, by finite differences and against a loop over tasks (tests/oracles/tesp.py)."""
 
 import importlib.util
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from test_house_style import ROOT
@@ -13,6 +12,8 @@ import tesp
 from envs.goal_robots import TEXTS
 from tesp import Args, Batch, Episodes, Net, Play, adapted, keep
 
+spec = importlib.util.spec_from_file_location("oracle_tesp", ROOT / "tests" / "oracles" / "tesp.py")
+spec.loader.exec_module(oracle := importlib.util.module_from_spec(spec))
 close = torch.testing.assert_close
 S, A, U, D = 3, 2, 4, 3  # observation, action, GRU units, embedding
 FEATURES = S + 2 * A + 1
@@ -21,7 +22,7 @@ FEATURES = S + 2 * A + 1
 TINY = dict(env="nav2d", num_tasks=4, num_episodes=3, horizon=5, hidden=8, gru_units=4, latent_dim=2,
             buffer_size=2, eval_tasks=3, num_threads=1, save_every=1)
 STEPS = 4 * 3 * 5 * 5
-BAD = ["--buffer nonsense", "--env ipd", "--env ant_goal", "--num-tasks 0", "--buffer-size 0", "--gamma 2",
+BAD = ["--buffer nonsense", "--env ipd", "--method nonsense", "--num-tasks 0", "--buffer-size 0", "--gamma 2",
        "--inner-steps -1", "--outer-lr -1"]
 
 
@@ -35,7 +36,7 @@ def double():
 def small(**kw):
     sizes = dict(env="nav2d", num_tasks=2, num_episodes=3, horizon=6, hidden=5, gru_units=U, latent_dim=D,
                  buffer_size=2, inner_steps=2, num_threads=1)
-    return tesp.resolve(Args(**sizes | kw))
+    return Args(**sizes | kw)
 
 
 def make_net(adapt_policy=False, scale=0.3):
@@ -58,74 +59,27 @@ def make_play(M=2, H=5, E=2, seed=1):
     return Play(obs, action, mean, log_std, -draw(M, H, E).abs() * mask, mask, torch.zeros(M, E))
 
 
-def loop_encode(p, x, length):
-    """z of one task, step by step in numpy: p {name: array}, x (L, H, F)."""
-    hs = lambda v: np.clip(0.2 * v + 0.5, 0, 1)
-    e = []
-    for episode, n in zip(x, length):
-        h = np.zeros(len(p["wh"]))
-        for t in range(n):
-            i, U = episode[t] @ p["wx"] + p["b"], len(h)
-            z = hs(i[:U] + h @ p["wh"][:, :U])
-            r = hs(i[U : 2 * U] + h @ p["wh"][:, U : 2 * U])
-            n_ = np.tanh(i[2 * U :] + (r * h) @ p["wh"][:, 2 * U :])
-            h = z * h + (1 - z) * n_
-        e.append(h @ p["wp"] + p["bp"])
-    return np.mean(e, 0)
-
-
-# ---------------------------------------------------------------- (3)-(5): the encoder
-
-
+# ---------------------------------------------------------------- (3), (4): the encoder
 def test_gru_by_hand(double):
     x = torch.ones(1, 2, 2, 1)
     w = torch.tensor([[[1.0, 1.0, 1.0]]]), torch.tensor([[[0.0, 0.0, 1.0]]]), torch.zeros(1, 3)
-    h = tesp.GRU.apply(*w, pack(x, torch.tensor([[1, 2]])))
+    h = tesp.gru(*w, x, torch.tensor([[1, 2]]))
     first = 0.3 * math.tanh(1)
-    second = 0.7 * first + 0.3 * math.tanh(1 + 0.7 * first)
-    close(h[0, :, 0], torch.tensor([second, first]))  # the longer episode comes first
-    close(h[0, :, 0], torch.tensor([0.406240, 0.228478]), atol=1e-6, rtol=0)
+    close(h[0, :, 0], torch.tensor([first, 0.7 * first + 0.3 * math.tanh(1 + 0.7 * first)]))
+    close(h[0, :, 0], torch.tensor([0.228478, 0.406240]), atol=1e-6, rtol=0)
 
 
-def test_encoder_equals_a_loop_on_ragged_episodes_whatever_the_padding():
+def test_encoder_equals_the_oracle_on_ragged_episodes_whatever_the_padding():
     net, phi, _ = make_net()
     x, length = torch.randn(3, 4, 9, FEATURES), torch.randint(1, 10, (3, 4))
-    x[0, 0, 3:], length[0, 0] = math.nan, 3  # padding
     phi = phi + 0.2 * torch.randn(3, len(phi))
     p = tesp.unflatten(phi, net.encoder)
-    z = tesp.encode(p, pack(torch.nan_to_num(x, 7e3), length))
+    z = tesp.encode(p, Episodes(x, length, None))
     for i in range(3):
-        own = {k: v[i].double().numpy() for k, v in p.items()}
-        wanted = torch.tensor(loop_encode(own, x[i].double().numpy(), length[i]))
-        close(z[i].double(), wanted, atol=1e-6, rtol=0)
-    assert torch.equal(z, tesp.encode(p, pack(torch.nan_to_num(x, -5.0), length)))
-
-
-def plain_gru(wx, wh, b, x, length):
-    """The same cell for autograd, states (M, L, U) in the order of the episodes."""
-    U, h = wh.shape[1], x.new_zeros(*length.shape, wh.shape[1])
-    for t in range(x.shape[2]):
-        i = x[:, :, t] @ wx + b[:, None]
-        z, r = (0.2 * (i[..., : 2 * U] + h @ wh[..., : 2 * U]) + 0.5).clamp(0, 1).chunk(2, -1)
-        n = torch.tanh(i[..., 2 * U :] + (r * h) @ wh[..., 2 * U :])
-        h = torch.where((t < length)[..., None], z * h + (1 - z) * n, h)
-    return h
-
-
-def test_gru_backward_equals_autograd(double):
-    torch.manual_seed(3)
-    M, L, H, F = 3, 4, 9, 5
-    w = [torch.randn(M, F, 3 * U), torch.randn(M, U, 3 * U), torch.randn(M, 3 * U)]
-    w = [v.requires_grad_() for v in w]
-    x, length = torch.randn(M, L, H, F), torch.randint(1, H + 1, (M, L))
-    order = length.sort(1, descending=True)[1]
-    mine = tesp.GRU.apply(*w, pack(x, length))
-    theirs = plain_gru(*w, x, length).gather(1, order[..., None].expand(-1, -1, U))
-    close(mine, theirs, atol=1e-12, rtol=0)
-    v = torch.randn_like(mine)
-    for a, b in zip(torch.autograd.grad(mine, w, v), torch.autograd.grad(theirs, w, v)):
-        assert b.abs().max() > 0.1
-        close(a, b, atol=1e-12, rtol=1e-12)
+        own = {k: v[i] for k, v in p.items()}
+        close(z[i], oracle.encode(own, [(0.0, e[:n]) for e, n in zip(x[i], length[i])]))
+    padding = torch.arange(9)[:, None] >= length[..., None, None]
+    assert torch.equal(z, tesp.encode(p, Episodes(x.masked_fill(padding, 7e3), length, None)))
 
 
 def test_empty_buffer_gives_zero_and_no_gradient():
@@ -133,13 +87,6 @@ def test_empty_buffer_gives_zero_and_no_gradient():
     phi = phi.expand(2, -1).clone().requires_grad_()
     z = tesp.encode(tesp.unflatten(phi, net.encoder), None)
     assert torch.equal(z, torch.zeros(2, D)) and not z.requires_grad
-
-
-def test_an_episode_repeated_counts_once():
-    net, phi, _ = make_net()
-    p = tesp.unflatten(phi[None], net.encoder)
-    x, length = torch.randn(1, 1, 6, FEATURES), torch.tensor([[4]])
-    close(tesp.encode(p, pack(x, length)), tesp.encode(p, pack(x.repeat(1, 5, 1, 1), length.repeat(1, 5))))
 
 
 def test_initial_weights():
@@ -156,17 +103,17 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("env, size", [("wheeled", 491_796), ("small_ant", 784_464)])
 def test_the_papers_sizes(env, size):
-    args = tesp.resolve(Args(env=env, paper=True))
+    args = Args(**{"env": env} | tesp.preset(Args(env=env, paper=True)))
     assert len(tesp.build(args, tesp.make_env(args, 1))[1]) == size
     assert (args.num_tasks, args.num_episodes, args.horizon, args.buffer_size) == (20, 25, 200, 16)
-    assert tesp.steps_per_iteration(args) == 500_000
+    assert tesp.preset(Args(env="reacher2", method="maesn"))["latent_coef"] == 0.001
 
 
 def test_policy_is_an_mlp_on_observation_and_embedding():
     torch.manual_seed(0)
-    p, obs, z = tesp.make_policy(S, A, 5, D), torch.randn(2, 3, 4, S), torch.randn(2, D)
+    p, obs, z = tesp.make_policy(S, A, 5, D), torch.randn(2, 12, S), torch.randn(2, D)
     p = {k: torch.randn_like(v) for k, v in p.items()}
-    x = torch.cat([obs, z[:, None, None].expand(-1, 3, 4, -1)], -1)
+    x = torch.cat([obs, z[:, None].expand(-1, 12, -1)], -1)
     x = torch.tanh(torch.tanh(x @ p["w0"] + p["b0"]) @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
     mean, log_std = tesp.policy(p, obs, z)
     close(mean, x[..., :A])
@@ -177,8 +124,6 @@ def test_policy_is_an_mlp_on_observation_and_embedding():
 
 
 # ---------------------------------------------------------------- (1): the buffer
-
-
 def batch_of(returns, lengths):
     x = torch.tensor(returns)[..., None, None] * torch.ones(1, len(returns[0]), 3, 2)
     return Episodes(x, torch.tensor(lengths), torch.tensor(returns))
@@ -209,9 +154,7 @@ def test_features_are_observation_distribution_and_reward():
     assert wanted.shape[1] == FEATURES
 
 
-# ---------------------------------------------------------------- (6)-(8): batches
-
-
+# ---------------------------------------------------------------- (5)-(7), (9): batches and losses
 def test_gae_by_hand_stops_at_the_end():
     reward = torch.tensor([[[-1.0], [-2.0], [-3.0], [0.0]]])
     value = torch.tensor([[[0.5], [0.25], [1.0], [9.0]]])
@@ -283,9 +226,7 @@ def test_surrogate_is_ppos():
     close(kl, tesp.gaussian_kl(old_mean, old_log, mean, log_std).mean(1))
 
 
-# ---------------------------------------------------------------- (2), (9), (11): updates
-
-
+# ---------------------------------------------------------------- (2), (8), (10): updates
 def test_accumulated_first_order_update(double):
     hessian, c = torch.tensor([[2, 0.5], [0.5, 1]]), torch.tensor([1.0, -1.0])
     phi, alpha, g = torch.zeros(2), torch.full((2,), 0.1), torch.zeros(1, 2)
@@ -304,116 +245,48 @@ def outer_setting(adapt_policy=False, **kw):
     net, phi, psi = make_net(adapt_policy)
     alpha = torch.full_like(phi, 0.05)
     alpha[::3], alpha[1::3] = 0.3, -0.2  # beyond the bound on both sides
-    x = torch.cat([phi, alpha, psi])
-    g = torch.randn(2, len(phi))
-    e = tesp.episodes(make_play(seed=5))
-    packed, batch = pack(e.x, e.length), tesp.process(make_play(), args)
+    x, g = torch.cat([phi, alpha, psi]), torch.randn(2, len(phi))
+    buffer, batch = tesp.episodes(make_play(seed=5)), tesp.process(make_play(), args)
     with torch.no_grad():
-        p, own = net.parts(adapted(phi, alpha, g), psi)
-        mean, log_std = tesp.policy(tesp.unflatten(own, net.policy), batch.obs, tesp.encode(p, packed))
-        batch = batch._replace(mean=mean, log_std=log_std, logprob=tesp.log_prob(mean, log_std, batch.action))
-    return net, x, g, packed, batch, args
+        encoder, actor = net.parts(adapted(phi, alpha, g), psi)
+        mean, log_std = tesp.policy(actor, batch.obs, tesp.encode(encoder, buffer))
+    logprob = tesp.log_prob(mean, log_std, batch.action)
+    return net, x, g, buffer, batch._replace(mean=mean, log_std=log_std, logprob=logprob), args
 
 
 @pytest.mark.parametrize("adapt_policy", [False, True])
-def test_outer_gradient_is_that_of_autograd(adapt_policy, double):
-    net, x, g, packed, batch, args = outer_setting(adapt_policy, latent_coef=0.5)
+def test_outer_gradient_is_that_of_the_box(adapt_policy, double):
+    """dL/dphi = mean of d_i, dL/dalpha = -mean of g_i d_i within the bound and 0 beyond it."""
+    net, x, g, buffer, batch, args = outer_setting(adapt_policy, latent_coef=0.5)
     batch = batch._replace(logprob=batch.logprob + 0.2 * torch.randn_like(batch.logprob))  # some ratios clip
-    leaf = x.clone().requires_grad_()
-    phi, alpha, psi = net.split(leaf)
-    p, own = net.parts(adapted(phi, alpha, g), psi)
-    z = tesp.encode(p, packed)
-    distribution = tesp.policy(tesp.unflatten(own, net.policy), batch.obs, z)
-    loss, _ = tesp.surrogate(*distribution, batch, args.clip_coef)
-    wanted = torch.autograd.grad((loss + 0.5 * (z**2).mean(1)).mean(), leaf)[0]
-    *_, gradient = tesp.outer_gradient(net, x, g, packed, batch, args)
-    close(gradient, wanted, atol=1e-12, rtol=1e-9)
-    P = len(phi)
-    by_alpha = gradient[P : 2 * P]
-    assert by_alpha[::3].abs().max() == by_alpha[1::3].abs().max() == 0 < by_alpha[2::3].abs().max()
-    frozen = tesp.outer_gradient(net, x, g, packed, batch, replace(args, learn_alpha=False))[-1]
-    assert (frozen[P : 2 * P] == 0).all() and torch.equal(frozen[:P], gradient[:P])
-
-
-def test_step_sizes_beyond_the_bound_act_as_the_bound():
-    phi, g = torch.zeros(4), torch.ones(1, 4)
-    close(adapted(phi, torch.tensor([0.05, 0.1, 7.0, -7.0]), g), torch.tensor([[-0.05, -0.1, -0.1, 0.1]]))
+    phi, alpha, psi = net.split(x)
+    phi_i = adapted(phi, alpha, g).requires_grad_()
+    encoder, actor = net.parts(phi_i, psi)
+    z = tesp.encode(encoder, buffer)
+    loss, kl = tesp.surrogate(*tesp.policy(actor, batch.obs, z), batch, args.clip_coef)
+    d = torch.autograd.grad((loss + 0.5 * (z**2).mean(1)).sum(), phi_i)[0]
+    P, inside = len(phi), alpha.abs() < 0.1
+    *values, gradient = tesp.outer_gradient(net, x, g, buffer, batch, args)
+    close(values, [loss.mean(), kl.mean()])
+    close(gradient[:P], d.mean(0))
+    close(gradient[P : 2 * P], -(g * d).mean(0) * inside)
+    assert gradient[P : 2 * P][inside].abs().max() > 0
+    for off in (replace(args, learn_alpha=False), replace(args, method="maml")):
+        frozen = tesp.outer_gradient(net, x, g, buffer, batch, off)[-1]
+        assert (frozen[P : 2 * P] == 0).all() and torch.equal(frozen[:P], gradient[:P])
 
 
 def test_the_first_evaluation_of_ppo():
-    net, x, g, packed, batch, args = outer_setting()
-    loss, kl, size, _ = tesp.outer_gradient(net, x, g, packed, batch, args)
+    *setting, batch, args = outer_setting()
+    loss, kl, _ = tesp.outer_gradient(*setting, batch, args)
     close(loss, -(batch.weight * batch.adv).sum(1).mean())  # all ratios are 1
     assert kl.abs() < 1e-6
-    p, _ = net.parts(adapted(*net.split(x)[:2], g), net.split(x)[2])
-    close(size, (tesp.encode(p, packed) ** 2).mean())
-
-
-@pytest.mark.parametrize("adapt_policy", [False, True])
-def test_groups_of_tasks_change_nothing(adapt_policy, monkeypatch):
-    net, x, g, packed, batch, args = outer_setting(adapt_policy)
-    whole = tesp.outer_gradient(net, x, g, packed, batch, args)
-    monkeypatch.setattr(tesp, "ROWS", 1)  # one task at a time
-    single = tesp.outer_gradient(net, x, g, packed, batch, args)
-    for a, b in zip(whole, single):
-        close(a, b, atol=1e-5, rtol=1e-4)
-    for a, b in zip(whole[:3], tesp.outer_gradient(net, x, g, packed, batch, args, wanted=False)):
-        close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def scripted(plays):
-    """A play() for adapt() that hands out stored plays, and a list of the embeddings it was asked for."""
-    asked = []
-
-    def play(phase, p, z):
-        asked.append(z.clone())
-        return plays[phase]
-
-    return play, asked
-
-
-@pytest.mark.parametrize("adapt_policy", [False, True])
-def test_adapt_is_the_algorithm_box(adapt_policy, double):
-    """Against a loop over tasks that follows the box word by word, with autograd for every gradient."""
-    args = small(adapt_policy=adapt_policy)
-    net, phi, psi = make_net(adapt_policy)
-    alpha = 0.05 * torch.randn(len(phi))
-    plays = [make_play(seed=s) for s in range(4)]  # W, D_0, D_1, V
-    play, asked = scripted(plays)
-    out = tesp.adapt(net, torch.cat([phi, alpha, psi]), 2, play, args)
-    for i in range(2):
-        one = [Play(*(v[i : i + 1] for v in p)) for p in plays]
-        g, buffer = torch.zeros(len(phi)), []
-
-        def remember(e, buffer=buffer):
-            buffer += list(zip(e.ret[0].tolist(), e.x[0], e.length[0]))
-            buffer.sort(key=lambda item: -item[0])
-            del buffer[args.buffer_size :]
-
-        def embedding(weights, buffer=buffer):
-            p, own = net.parts(weights[None], psi)
-            x, length = torch.stack([b[1] for b in buffer])[None], torch.stack([b[2] for b in buffer])[None]
-            last = plain_gru(p["wx"], p["wh"], p["b"], x, length)
-            return (last @ p["wp"] + p["bp"]).mean(1), own
-
-        assert (asked[0][i] == 0).all()
-        remember(tesp.episodes(one[0]))
-        for k in range(2):
-            weights = adapted(phi, alpha, g).requires_grad_()
-            z, own = embedding(weights)
-            close(asked[k + 1][i], z[0].detach())
-            b = tesp.process(one[k + 1], args)
-            n = int(one[k + 1].mask.sum())
-            mean, log_std = tesp.policy(tesp.unflatten(own, net.policy), b.obs, z)
-            loss = -(tesp.log_prob(mean, log_std, b.action) * b.adv).sum() / n
-            gk = torch.autograd.grad(loss, weights)[0]
-            g = g + gk * min(1, 60 / gk.norm().item())
-            remember(tesp.episodes(one[k + 1]))  # only now
-        close(out.g[i], g, atol=1e-10, rtol=1e-8)
-        z, _ = embedding(adapted(phi, alpha, g))
-        close(asked[3][i], z[0])
-        close(out.z[i], z[0])  # V was not added to the buffer
-    assert len(out.plays) == 4 and len(out.batches) == 3
+    """A play() for adapt() that hands out stored plays."""
+    left = iter(plays)
+    return lambda actor, z: next(left)
 
 
 def test_inner_gradient_equals_central_differences(double):
@@ -421,13 +294,13 @@ def test_inner_gradient_equals_central_differences(double):
     net, phi, psi = make_net()
     plays = [make_play(seed=s) for s in range(3)]
     x = torch.cat([phi, torch.zeros_like(phi), psi])
-    g = tesp.adapt(net, x, 2, scripted(plays)[0], args).g
-    e = keep(None, tesp.episodes(plays[0]), "best", args.buffer_size)
+    g = tesp.adapt(net, x, 2, scripted(plays), args)[0]
+    buffer = keep(None, tesp.episodes(plays[0]), "best", args.buffer_size)
     batch = tesp.process(plays[1], args)
 
     def loss(phi):
-        z = tesp.encode(tesp.unflatten(phi.expand(2, -1), net.encoder), pack(e.x, e.length))
-        return tesp.inner_loss(*tesp.policy(tesp.unflatten(psi, net.policy), batch.obs, z), batch)
+        encoder, actor = net.parts(phi.expand(2, -1), psi)
+        return tesp.inner_loss(*tesp.policy(actor, batch.obs, tesp.encode(encoder, buffer)), batch)
 
     for j in torch.randperm(len(phi))[:40].tolist():
         step = torch.zeros_like(phi)
@@ -441,23 +314,21 @@ def test_inner_gradients_are_clipped_to_norm_60(double):
     net, phi, psi = make_net()
     plays = [make_play(H=12, E=4, seed=s) for s in range(3)]
     x = torch.cat([phi, torch.zeros_like(phi), psi])
-    free = tesp.adapt(net, x, 2, scripted(plays)[0], args).g
+    free = tesp.adapt(net, x, 2, scripted(plays), args)[0]
     plays[1] = plays[1]._replace(reward=1e6 * plays[1].reward)
-    clipped = tesp.adapt(net, x, 2, scripted(plays)[0], args).g
+    clipped = tesp.adapt(net, x, 2, scripted(plays), args)[0]
     close(clipped.norm(dim=1), torch.full((2,), 60.0))
     close(clipped / 60, free / free.norm(dim=1, keepdim=True), atol=1e-6, rtol=1e-6)
 
 
-# ---------------------------------------------------------------- (12): the outer step
-
-
+# ---------------------------------------------------------------- (8), (11): an iteration
 def one_iteration(**kw):
     args = small(**kw)
-    tesp.set_up(args)
+    torch.manual_seed(args.seed)
     env = tesp.make_env(args, args.num_tasks * args.num_episodes)
     net, x, optimizer = tesp.build(args, env)
     before = x.clone()
-    logs, returns = tesp.meta_update(env, net, x, optimizer, 0, args)
+    logs, returns = tesp.meta_update(env, net, x, optimizer, args)
     return before, x, logs, returns
 
 
@@ -468,36 +339,64 @@ def test_iterates_too_far_away_are_given_back_bit_by_bit(kw):
 
 
 def test_the_best_iterate_is_kept():
-    before, after, logs, returns = one_iteration(outer_lr=1e-4, epochs=6)
+    before, after, logs, _ = one_iteration(outer_lr=1e-4, epochs=6)
     assert logs["losses/iterate"] == 5 and 0 < logs["losses/kl"] < 0.01 and not torch.equal(before, after)
     assert (after - before).abs().max() < 5 * 1.5e-4  # five steps of Adam for six evaluations
-    assert len(returns) == 4  # W, D_0, D_1, V
 
 
-def test_an_iteration_equals_that_of_the_naive_twin():
-    """All of it, worlds included, against a loop over tasks with autograd through everything."""
-    spec = importlib.util.spec_from_file_location("naive_tesp", ROOT / "benchmark" / "naive_tesp.py")
-    spec.loader.exec_module(naive := importlib.util.module_from_spec(spec))
+def test_an_iteration_equals_that_of_the_oracle():
+    """All of it, env included: the order of gradients and buffer, eqs. (1)-(11)."""
     args = small(env="wheeled", num_tasks=3, horizon=12, inner_lr=0.05, outer_lr=1e-3, epochs=5, hidden=8)
-    tesp.set_up(args)
+    torch.manual_seed(1)
     env = tesp.make_env(args, 9)
     net, x, optimizer = tesp.build(args, env)
-    twin = [{k: v.clone().requires_grad_() for k, v in p.items()} for p in tesp.named(net, x).values()]
-    state = torch.get_rng_state()
-    goals = env.sample_tasks(3)
-    torch.set_rng_state(state)
+
+    def named(x):
+        phi, alpha, psi = net.split(x)
+        shapes = (net.encoder, net.encoder, net.policy)
+        return [tesp.unflatten(part, shape) for part, shape in zip((phi, alpha, psi), shapes)]
+
+    twin = [{k: v.clone().requires_grad_() for k, v in p.items()} for p in named(x)]
+    with torch.random.fork_rng():
+        goals = env.sample_tasks(3)
+        noise = [torch.randn(3, 12, 3, 2) for _ in range(4)]
     before = x.clone()
-    _, returns = tesp.meta_update(env, net, x, optimizer, 0, args)
-
-    def noise(task, phase):
-        return tesp.keyed_noise((args.seed, 0, 0), [task], phase, 12, 3, 2)[0]
-
-    theirs = naive.meta_update(naive.SerialWheeled(3, 12, TEXTS["wheeled"]()), *twin, goals, noise, args)
+    _, returns = tesp.meta_update(env, net, x, optimizer, args)
+    robots = oracle.SerialWheeled(3, 12, TEXTS["wheeled"]())
+    theirs = oracle.meta_update(robots, *twin, goals, lambda task, phase: noise[phase][task], args)
     close(returns, torch.tensor(theirs).float(), atol=1e-5, rtol=1e-5)
     assert (x - before).abs().max() > 3e-3
-    for mine, p in zip(tesp.named(net, x).values(), twin):
+    for mine, p in zip(named(x), twin):
         for k in p:
             close(mine[k], p[k].detach(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["maml", "meta-sgd", "maesn"])
+def test_what_the_fast_updates_of_a_baseline_move(method):
+    args = small(method=method)
+    torch.manual_seed(0)
+    env = tesp.make_env(args, 6)
+    net, x, optimizer = tesp.build(args, env)
+    phi, alpha, psi = net.split(x.clone())
+    assert len(phi) == (D if method == "maesn" else tesp.size(net.policy))
+    assert len(psi) == (tesp.size(net.policy) if method == "maesn" else 0)
+    _, returns = tesp.meta_update(env, net, x, optimizer, args)
+    after = net.split(x)
+    assert len(returns) == 3  # D_0, D_1, V: no warm-up
+    assert not torch.equal(after[0], phi) and torch.equal(after[1], alpha) == (method == "maml")
+
+
+@pytest.mark.parametrize("method", ["tesp", "maml", "meta-sgd", "maesn"])
+def test_all_methods_meet_the_same_goals(method, monkeypatch):
+    args, seen = small(method=method, eval_tasks=5, seed=7), []
+    net, x, _ = tesp.build(args, tesp.make_env(args, 1))
+    play = tesp.rollout
+    monkeypatch.setattr(tesp, "rollout", lambda env, p, z, goals, noise: (seen.append(goals), play(
+        env, p, z, goals, noise))[1])
+    tesp.evaluate_all(args, net, x, ["test"])
+    torch.manual_seed(tesp.TEST_SEED)
+    wanted = tesp.make_env(args, 1).sample_tasks(5, "test")
+    assert len(seen) == len(tesp.phases(args)) and all(torch.equal(goals, wanted) for goals in seen)
 
 
 @pytest.mark.parametrize("kw", [dict(inner_steps=0), dict(buffer="last"), dict(buffer="all"),
@@ -507,16 +406,6 @@ def test_variants_run(kw):
     before, after, logs, returns = one_iteration(**args)
     assert all(math.isfinite(v) for v in logs.values()) and len(returns) == args["inner_steps"] + 2
     assert torch.equal(before, after) == (args.get("epochs") == 1)
-
-
-def test_noise_depends_on_the_key_alone():
-    draw = lambda key, tasks, phase: tesp.keyed_noise(key, tasks, phase, 3, 2)
-    both = draw((1, 0, 5), range(4), 2)
-    assert torch.equal(both[2:], draw((1, 0, 5), range(2, 4), 2))
-    assert len({tuple(x.flatten().tolist()) for x in both}) == 4
-    for other in (draw((2, 0, 5), range(4), 2), draw((1, 1, 5), range(4), 2), draw((1, 0, 6), range(4), 2),
-                  draw((1, 0, 5), range(4), 3)):
-        assert not torch.isclose(both, other).any()
 
 
 def test_rollout_plays_one_masked_episode_a_row():
@@ -529,70 +418,3 @@ def test_rollout_plays_one_masked_episode_a_row():
     assert play.mask[0].sum(0).tolist() == [6, 6, 6] and play.mask[1].sum(0).tolist() == [30, 30, 30]
     close(play.reward[0, :6, 0], -torch.tensor([0.25, 0.2, 0.15, 0.1, 0.05, 0.0]), atol=1e-6, rtol=0)
     assert (play.reward[0, 6:] == 0).all() and play.arrived.tolist() == [[1, 1, 1], [0, 0, 0]]
-    noise = torch.full((2, 30, 3, 2), 0.5)
-    seen = tesp.rollout(env, p, torch.zeros(2, D), goals, torch.zeros(2, 30, 3, 2), noise)
-    close(seen.obs[1], play.obs[1] + 0.5)
-
-
-def test_through_policy_gives_what_it_is_asked_for():
-    net, x, g, packed, batch, args = outer_setting()
-    psi, z = net.split(x)[2], torch.randn(2, D)
-    values, d_z, d_psi = through_policy(net.policy, psi, z, batch, tesp.inner_loss, (True, False))
-    assert values.shape == (1, 2) and d_z.abs().max() > 0 and (d_psi == 0).all()
-
-
-def test_table_and_summary():
-    args = small()
-    results = {"test": [torch.tensor([[-3.0, -2.0, -1.0, -0.5], [-5.0, -4.0, -1.0, -0.5]])] * 3}
-    flat = tesp.summary(results)
-    assert flat["eval/test/return_warmup"] == -4 and flat["eval/test/return_2"] == -0.5
-    close(flat["eval/test/return_warmup_ci95"], 1.96 * math.sqrt(2) / math.sqrt(2))
-    assert "warm-up" in tesp.table(results, args) and "D', held out" in tesp.table(results, args)
-
-
-# ---------------------------------------------------------------- the authors' sampler
-def sampler(lengths, size):
-    """{(row, round)} that are kept: a plain clock. lengths[e]: those of row e's episodes, in turn."""
-    kept, total, clock = set(), 0, [(lengths[e][0], e, 0) for e in range(len(lengths))]
-    while total < size:
-        end, e, r = min(clock, key=lambda x: (x[0], x[2], x[1]))
-        kept.add((e, r))
-        total += lengths[e][r]
-        clock[e] = (end + lengths[e][r + 1], e, r + 1)
-    return kept
-
-
-def test_restarted_keeps_what_a_clock_keeps():
-    torch.manual_seed(0)
-    M, H, E = 3, 10, 4
-    for _ in range(30):
-        lengths = torch.randint(1, H + 1, (M, 60, E))  # of the rows' first, second, ... episodes
-        lengths[:, 0] = 7  # at first all end at once
-        plays, out = [], None
-        while out is None:
-            mask = (torch.arange(H)[:, None] < lengths[:, len(plays), None]).float()
-            x = torch.randn(M, H, E, 2)
-            plays.append(Play(x, x, x, x, torch.randn(M, H, E) * mask, mask, torch.ones(M, E)))
-            out = tesp.restarted(plays, H * E)
-        kept = out.mask[:, 0].unflatten(1, (len(plays), E))
-        for i in range(M):
-            rows = lengths[i].T.tolist()
-            assert {(e, r) for r, e in kept[i].nonzero().tolist()} == sampler(rows, H * E)
-        assert (out.mask.sum((1, 2)) >= H * E).all() and torch.equal(out.reward * out.mask, out.reward)
-        close(tesp.episode_mean(out.reward.sum(1), out), out.reward.sum((1, 2)) / kept.sum((1, 2)))
-        best = tesp.keep(None, tesp.episodes(out), "best", 3)
-        assert best.length.min() >= 1 and best.ret.isfinite().all()
-
-
-def test_restart_changes_nothing_where_no_episode_ends_early():
-    def trained(**kw):
-        args = small(**kw)
-        torch.manual_seed(0)
-        env = tesp.make_env(args, args.num_tasks * args.num_episodes)
-        net, x, optimizer = tesp.build(args, env)
-        tesp.meta_update(env, net, x, optimizer, 0, args)
-        return x.detach()
-
-    assert torch.equal(trained(), trained(restart=True))
-    with pytest.raises(SystemExit):
-        small(restart=True, buffer="all")
