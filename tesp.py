@@ -85,9 +85,11 @@ def within(kind, low, high=math.inf):
             raise ValueError(f"must be in [{low}, {high}], not {value}")
         return value
 
+    is_number = lambda x: isinstance(x, (int, float))
+    as_words = lambda x: [str(x)]
     return Annotated[kind, PrimitiveConstructorSpec(
         nargs=1, metavar=f"{kind.__name__.upper()} {low}..{high}", instance_from_str=read,
-        is_instance=lambda x: isinstance(x, (int, float)), str_from_instance=lambda x: [str(x)])]
+        is_instance=is_number, str_from_instance=as_words)]
 
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)

@@ -1,4 +1,4 @@
-"""The six scripts are one house: the same rooms, the same common blocks, budgets, docstrings that are true."""
+"""The six scripts are one house: the same rooms and common blocks, budgets, docstrings that are true."""
 
 import ast
 import importlib
@@ -14,7 +14,8 @@ import tyro
 ROOT = Path(__file__).parent.parent
 NAMES = ["meta_mapg", "mg2l", "coded_maddpg", "lemol", "tesp", "maml_rl"]
 SCRIPTS = [name for name in NAMES if "7. Runs" in (ROOT / f"{name}.py").read_text()]
-ROOMS = ["Arguments", "Environment", "Networks", "Rollout", "Objectives", "Update", "Evaluation", "Runs", "Train"]
+ROOMS = ["Arguments", "Environment", "Networks", "Rollout", "Objectives", "Update", "Evaluation", "Runs",
+         "Train"]
 COMMON = ["env", "seed", "device", "num_threads", "total_steps", "eval_every", "eval_episodes", "save_every",
           "run_dir", "resume", "evaluate", "capture_video", "track"]
 BUDGET = {  # script: lines, tokens of code
@@ -42,7 +43,8 @@ def arguments(name):
     """{field: the comment behind it}"""
     cls = next(n for n in ast.parse(source(name)).body if isinstance(n, ast.ClassDef) and n.name == "Args")
     lines = source(name).splitlines()
-    return {n.target.id: lines[n.end_lineno - 1].partition("  # ")[2] for n in cls.body if isinstance(n, ast.AnnAssign)}
+    found = [n for n in cls.body if isinstance(n, ast.AnnAssign)]
+    return {n.target.id: lines[n.end_lineno - 1].partition("  # ")[2] for n in found}
 
 
 def measure(name):
@@ -52,7 +54,8 @@ def measure(name):
     lines = text.splitlines()
     docs, comments, trailing = set(), set(), set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        value = getattr(node, "value", None) if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
             docs |= set(range(node.lineno, node.end_lineno + 1))
     tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
     for token in tokens:
@@ -83,7 +86,8 @@ def test_functions_fit_on_a_screen_and_have_landmarks(name):
         assert length <= (70 if node.name == "train" else 60), node.name
         if length > 22:  # a comment at least every twelve lines
             first = node.body[0].end_lineno if isinstance(node.body[0], ast.Expr) else node.lineno
-            marks = [first, *(i for i in range(first + 1, node.end_lineno + 1) if "#" in text[i - 1]), node.end_lineno]
+            comments = [i for i in range(first + 1, node.end_lineno + 1) if "#" in text[i - 1]]
+            marks = [first, *comments, node.end_lineno]
             assert max(b - a for a, b in zip(marks, marks[1:])) <= 13, node.name
     assert max(map(len, text)) <= 110
 
