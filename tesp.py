@@ -35,11 +35,11 @@ TESP: an encoder learns what a task is from its best episodes; one policy, share
              [D3] wheeled by default is small (10 tasks, 20 episodes, 64 and 32 units, Adam 0.001), to learn
                   in minutes. Evaluations take 20 goals of each set, the authors' all 100 (--eval-tasks 100).
              [D4] Positions come from the state after the step; the authors' lag it by a physics step.
-  Run        python tesp.py --env wheeled                              # 2 minutes: -165 to about -50
+  Run        python tesp.py --env wheeled                              # about 4 CPU minutes
              python tesp.py --env wheeled --method meta-sgd            # or maml, maesn
              python tesp.py --env wheeled --paper                      # the paper's sizes, 600 iterations
              python tesp.py --env small_ant                            # the paper's ant; reacher2, reacher4
-             python tesp.py --env nav2d                                # a point, 10 s: -18 to about -6.5
+             python tesp.py --env nav2d                                # a point, seconds
              torchrun --nproc-per-node 2 tesp.py --env wheeled         # the same tasks, shared out
              python tesp.py --evaluate runs/x/checkpoint.pt --capture-video
   Licence    MIT. Please cite the paper above for the method.
@@ -97,7 +97,7 @@ Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
 
 @dataclass
 class Args:
-    """Defaults: a quick `wheeled`, two minutes on two cores [D3]. PRESETS below has the other envs'."""
+    """Defaults: a quick `wheeled`, minutes on two cores [D3]. PRESETS below has the other envs'."""
 
     # --- run: the same in all six scripts
     env: str = "wheeled"  # wheeled, small_ant, reacher2, reacher4, nav2d, or your own: see make_env()
