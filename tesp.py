@@ -142,8 +142,7 @@ PAPER = dict(total_steps=300_000_000, eval_every=25, eval_episodes=25, num_tasks
              num_episodes=25, buffer_size=16, hidden=256, gru_units=256, outer_lr=3e-4)
 PRESETS = {  # what differs from the defaults; sizes and eta are the supplement's
     "wheeled": {},
-    "nav2d": dict(total_steps=750_000, eval_episodes=10, num_episodes=10, horizon=50, hidden=32,
-                  gru_units=16),
+    "nav2d": dict(total_steps=750000, eval_episodes=10, num_episodes=10, horizon=50, hidden=32, gru_units=16),
     "small_ant": PAPER | dict(hidden=512, latent_dim=32),
     "reacher2": PAPER | dict(latent_coef=0.005),
     "reacher4": PAPER | dict(hidden=512, latent_dim=16, latent_coef=0.005),
@@ -781,7 +780,7 @@ def train(args):
         while not stop:
             logs, returns = meta_update(env, net, x, optimizer, args)
             iteration += 1
-            step += args.num_tasks * args.num_episodes * args.horizon * len(returns)
+            step += args.num_tasks * args.num_episodes * env.horizon * len(returns)
             logs |= {f"adapt/return_{name}": value for name, value in zip(phases(args), returns)}
             logs["charts/episodic_return"] = returns[-1]  # after the last update
             done = step >= args.total_steps
@@ -790,8 +789,7 @@ def train(args):
             if milestone:
                 results = evaluate_all(args, net, x, None if done else ["test"])
                 logs |= summary(results, args)
-            text = f"iteration {iteration}: return {returns[0]:.1f} -> {returns[-1]:.1f}"
-            run.log(logs, step, text, milestone)
+            run.log(logs, step, f"iteration {iteration}: {returns[0]:.1f} -> {returns[-1]:.1f}", milestone)
             if stop or iteration % args.save_every == 0:
                 run.save(step, x=x, optimizer=optimizer.state_dict(), iteration=iteration)
         if done:

@@ -1,38 +1,133 @@
 """
-Figures and tables from benchmark/results/*.csv: curves/*.svg, and in README.md and benchmark/README.md what
-stands between <!-- results:NAME --> and <!-- /results -->.
+Tables and figures from benchmark/results/*.csv, as benchmark/shown.py lists them.
 
-  python benchmark/plot.py            write them
+  python benchmark/plot.py            write curves/*.svg, and in benchmark/README.md what stands between
+                                      <!-- results:SCRIPT --> and <!-- /results -->
   python benchmark/plot.py --check    write nothing; exit code 1 and one line if one of them is out of date
 """
 
-import argparse
-import importlib
+import csv
+import io
+import math
 import re
+import statistics
 import sys
+from pathlib import Path
 
-from report import ROOT, read_results, speed
+import matplotlib
 
-CURVES = ROOT / "benchmark" / "curves"
-READMES = (ROOT / "README.md", ROOT / "benchmark" / "README.md")
-MAX_SVG = 80_000  # bytes
-REPORTS = {p.stem[7:]: importlib.import_module(p.stem)
-           for p in sorted((ROOT / "benchmark").glob("report_*.py"))}  # {script: its module}
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from shown import FIGURES, TABLES
+
+HERE = Path(__file__).resolve().parent
+# 97.5 % point of Student's t by degrees of freedom: with two or three seeds 1.96 would promise too much
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F00")
+plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "benchmark", "font.size": 9,
+                     "axes.spines.top": False, "axes.spines.right": False})
+
+
+# ---------------------------------------------------------------- results
+class Result:
+    """results/<name>.csv: `meta`, the lines "# key: value"; `final` {seed: {tag: value}}, the evaluation at
+    the end; `curves` {tag: {seed: [(step, value)]}}."""
+
+    def __init__(self, name):
+        lines = (HERE / "results" / f"{name}.csv").read_text().splitlines()
+        self.meta = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+        self.final, self.curves = {}, {}
+        for row in csv.DictReader(line for line in lines if not line.startswith("# ")):
+            seed, tag, value = int(row["seed"]), row["tag"], float(row["value"])
+            if row["step"] == "final":
+                self.final.setdefault(seed, {})[tag] = value
+            else:
+                self.curves.setdefault(tag, {}).setdefault(seed, []).append((int(row["step"]), value))
+
+    def number(self, tag):
+        """Mean over the seeds and half its 95 % interval, that over tasks if there is one seed; or None."""
+        runs = [*self.final.values()]
+        values = [run[tag] for run in runs if tag in run]
+        if not values:
+            return None
+        if len(values) == 1:
+            return values[0], runs[0].get(f"{tag}_ci95")
+        t = STUDENT[min(len(values) - 2, len(STUDENT) - 1)]
+        return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+# ---------------------------------------------------------------- tables
+def write(number, digits):
+    """"1.2 ± 0.3" """
+    if number is None:
+        return ""
+    mean, half = number
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+
+
+def table(columns, digits, rows):
+    """A Markdown table, a row for each (setting, method, result, tag prefix, the paper's numbers)."""
+    head = ["setting", "method", *columns, "paper", "seeds", "million steps", "minutes", "commit"]
+    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
+    for setting, method, name, prefix, paper in rows:
+        result = Result(name)
+        minutes = statistics.mean(map(float, result.meta["minutes"].split()))
+        steps = next(iter(result.final.values()))["global_step"] / 1e6
+        numbers = [write(result.number(prefix + tag), digits) for tag in columns.values()]
+        lines.append([setting, method, *numbers, paper, len(result.final), f"{steps:.1f}", f"{minutes:.1f}",
+                      result.meta["commit"].split()[0][:7]])
+    commands = ", ".join(sorted({f"`{Result(row[2]).meta['command']}`" for row in rows}))
+    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return f"{text}\n\nCommands: {commands}."
+
+
+# ---------------------------------------------------------------- figures
+def curve(ax, result, tag, label, colour):
+    """Mean over the seeds against millions of steps, and the band from the lowest to the highest."""
+    runs = [*result.curves.get(tag, {}).values()]
+    if not runs:
+        return
+    points = [*zip(*runs)]
+    x = [point[0][0] / 1e6 for point in points]
+    y = [[value for _, value in point] for point in points]
+    ax.plot(x, [statistics.mean(v) for v in y], color=colour, label=f"{label} ({len(runs)} seeds)", lw=1.8)
+    ax.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=colour, alpha=0.15, lw=0)
+
+
+def profile(ax, result, tags, label, colour):
+    """The numbers of the last evaluation, one a tag, with their intervals."""
+    numbers = [result.number(tag) for tag in tags]
+    mean, half = zip(*[(m, h or 0) for m, h in numbers])
+    ax.errorbar(range(len(tags)), mean, half, color=colour, capsize=2, lw=1.8, label=label)
+    ax.set_xticks(range(len(tags)))
+
+
+def figure(panels):
+    """Panels side by side, each (title, x label, y label, lines, papers). A line is (result, tag or tags,
+    label); papers are {label: numbers} of a profile, dotted in the colour of the line of that label."""
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), squeeze=False)
+    for ax, (title, x_label, y_label, lines, papers) in zip(axes[0], panels):
+        colours = {}
+        for (name, tags, label), colour in zip(lines, COLOURS):
+            colours[label] = colour
+            draw = curve if isinstance(tags, str) else profile
+            draw(ax, Result(name), tags, label, colour)
+        for label, numbers in papers.items():
+            ax.plot(numbers, color=colours[label], ls=":", marker="o", ms=3, mfc="white", lw=1,
+                    label=f"{label}, paper")
+        ax.set(title=title, xlabel=x_label, ylabel=y_label)
+        ax.legend(fontsize=7, frameon=False)
+    fig.tight_layout()
+    buffer = io.StringIO()
+    fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(fig)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
 
 # ---------------------------------------------------------------- files
-def fill(text, tables):
-    """A README with every block between <!-- results:NAME --> and <!-- /results --> written anew."""
-    def new(m):
-        if m[2] not in tables:
-            raise SystemExit(f"plot.py: no table for {m[1]}")
-        return f"{m[1]}\n{tables[m[2]]}\n{m[3]}"
-
-    return re.sub(r"(<!-- results:(\S+) -->)\n.*?(<!-- /results -->)", new, text, flags=re.DOTALL)
-
-
 def same(a, b):
-    """Whether two texts are equal up to the last digit of coordinates and matplotlib's own labels of shapes,
-    which may differ from one processor or release to the next."""
+    """Whether two texts agree up to the last digit of coordinates and matplotlib's own labels of shapes,
+    which differ from one processor to the next."""
     number = r"-?\d+\.\d+"
     a, b = (re.sub(r"\b[a-z][0-9a-f]{10}\b", "label", x) for x in (a, b))
     pairs = zip(re.findall(number, a), re.findall(number, b))
@@ -41,39 +136,24 @@ def same(a, b):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    check = parser.parse_args().check
-    results, speeds = read_results()
-    names, wanted = [p.stem for p in (ROOT / "benchmark").glob("speed_*.py")], {}
-    tables = {name: speed(*speeds[name]) if name in speeds else "No results yet." for name in names}
-    for script, module in REPORTS.items():
-        found = results.get(script, [])
-        tables |= {name: make(found) if found else "No results yet." for name, make in module.TABLES.items()}
-        wanted |= {CURVES / name: text for name, text in module.figures(found).items()}
+    wanted = {HERE / "curves" / f"{name}.svg": figure(panels) for name, panels in FIGURES.items()}
+    readme = HERE / "README.md"
+    fill = lambda m: f"{m[1]}\n{table(*TABLES[m[2]])}\n{m[3]}"
+    pattern = r"(<!-- results:(\S+) -->)\n.*?(<!-- /results -->)"
+    wanted[readme] = re.sub(pattern, fill, readme.read_text(), flags=re.DOTALL)
+    stale = [path for path in (HERE / "curves").glob("*.svg") if path not in wanted]
     for path, text in wanted.items():
-        assert len(text) < MAX_SVG, f"{path} has {len(text)} bytes"
-    wanted |= {p: fill(p.read_text(), tables) for p in READMES if p.exists()}
-    stale = [path for path in CURVES.glob("*.svg") if path not in wanted]
-    if check:
-        for path, text in wanted.items():
-            old = path.read_text() if path.exists() else None
-            if old is None or not (same(old, text) if path.suffix == ".svg" else old == text):
-                reason = "is not there" if old is None else "does not show what benchmark/results/ hold"
-                return f"{path.relative_to(ROOT)} {reason}; run python benchmark/plot.py"
-        return f"{stale[0].relative_to(ROOT)} belongs to no result" if stale else None
-    CURVES.mkdir(exist_ok=True)
-    for path, text in wanted.items():
-        if not path.exists() or not same(path.read_text(), text) or path.suffix == ".md":
-            path.write_text(text)
-            print(f"wrote {path.relative_to(ROOT)}, {len(text) / 1e3:.1f} kB")
+        if path.exists() and same(path.read_text(), text):
+            continue
+        if "--check" in sys.argv:
+            raise SystemExit(f"plot.py: {path.name} is not what results/ hold; run python benchmark/plot.py")
+        path.write_text(text)
+        print(f"wrote {path.name}")
     for path in stale:
+        if "--check" in sys.argv:
+            raise SystemExit(f"plot.py: {path.name} belongs to no result")
         path.unlink()
-        print(f"removed {path.relative_to(ROOT)}, which belongs to no result")
 
 
 if __name__ == "__main__":
-    if reason := main():
-        print(f"plot.py: {reason}", file=sys.stderr)
-        raise SystemExit(1)
+    main()

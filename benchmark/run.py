@@ -14,12 +14,9 @@ Nothing that exists is overwritten without --force, and a result is written only
 
 import argparse
 import ast
-import contextlib
 import csv
-import dataclasses
 import datetime
 import importlib
-import io
 import json
 import os
 import platform
@@ -35,6 +32,8 @@ RESULTS = ROOT / "benchmark" / "results"
 MAX_POINTS = 40
 OF_THE_RUN = ("seed", "run_dir", "resume", "evaluate", "capture_video", "track")  # not part of what was run
 ONLY_FINAL = r"_ci95$|_action_|/agent_|^grad/|^losses/|^eval/.+/return_"  # tags of which no curve is kept
+# glibc keeps freed memory and torch takes large pages: 20 to 30 % faster where graphs are large
+FAST = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
 NOT_IN_NAMES = ("num_threads", "device", "eval_every", "save_every", "seed", "run_dir")
 
 
@@ -81,7 +80,8 @@ def run_seed(command, seed, folder):
     launcher = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else [])]
     with (folder / "output.txt").open("w") as out:
         call = [*launcher, *words, "--seed", str(seed), "--run-dir", str(folder)]
-        code = subprocess.run(call, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT).returncode
+        call_env = FAST | dict(os.environ)
+        code = subprocess.run(call, cwd=ROOT, env=call_env, stdout=out, stderr=subprocess.STDOUT).returncode
     if code or not (folder / "eval.json").exists():
         last = ((folder / "output.txt").read_text().strip().splitlines() or ["no output"])[-1]
         return f"exit code {code}: {last}"
@@ -130,29 +130,19 @@ def commit(before=None):
 
 
 def flags_of(script, stored):
-    """The shortest command line that resolves to the arguments in args.json: try to leave out each flag."""
+    """The command line that leads to the arguments in args.json: what differs from the world's preset."""
     sys.path.insert(0, str(ROOT))
     module = importlib.import_module(script)
-    resolve = getattr(module, "resolve", lambda args: args)
-
-    def resolved(flags):
-        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-            args = dataclasses.asdict(resolve(module.Args(**flags)))
-            return {k: v for k, v in args.items() if k in flags_all}
-
-    flags = flags_all = {k: v for k, v in stored.items() if k not in OF_THE_RUN}
+    stored = {k: v for k, v in stored.items() if k not in OF_THE_RUN}
     try:
-        module.Args(**flags)
+        usual = vars(module.Args(**module.preset(module.Args(**stored))))
     except TypeError:
         fail(f"{script}.py has other arguments now than when this was run; say the command with --command")
-    for key in flags_all:
-        without = {k: v for k, v in flags.items() if k != key}
-        if key != "env" and resolved(without) == flags_all:
-            flags = without
-    words = []
-    for key, value in flags.items():
-        option = ("no-" if value is False else "") + key.replace("_", "-")
-        words += [f"--{option}", *([] if isinstance(value, bool) else [str(value)])]
+    words = ["--env", stored["env"]]
+    for key, value in stored.items():
+        if key not in ("env", "num_threads") and value != usual[key]:
+            option = ("no-" if value is False else "") + key.replace("_", "-")
+            words += [f"--{option}", *([] if isinstance(value, bool) else [str(value)])]
     return words
 
 

@@ -91,7 +91,9 @@ def rows(folder, skip="SPS"):
 def launch(name, *line, cwd=ROOT):
     script = Path(cwd, f"{name}.py")
     command = [sys.executable, str(script if script.exists() else ROOT / f"{name}.py"), *map(str, line)]
-    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}  # the tables have a "±"
+    return subprocess.Popen(command, cwd=cwd, env=ascii_only, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def interrupt_after(monkeypatch, module, number):
