@@ -257,10 +257,10 @@ class Particle(Env):
     def _act(self, action):
         """Writes the joint action into the sheet: floats as they are, numbers as one-hot blocks."""
         action = self.check_action(action)
-        if action[0].is_floating_point():
+        if not torch.is_tensor(action):
             self.action[:] = torch.cat(action, 1).detach().cpu().numpy().T
             return
-        joint = torch.stack(action).cpu().numpy()  # (N, B)
+        joint = action.cpu().numpy()  # (N, B)
         self.action[:], worlds = 0, np.arange(self.num_envs)
         for i in self.talkers:
             joint[i], word = joint[i] % 5, joint[i] // 5

@@ -134,7 +134,7 @@ class Warehouse(FiniteTasks, Env):
         return self._observe()
 
     def step(self, action):
-        action = torch.stack(self.check_action(action), dim=1).cpu().numpy()  # (B, N)
+        action = self.check_action(action).T.cpu().numpy()  # (B, N)
         row, cell, none = self.row, self.cell, self.shelf.shape[1] - 1
         loaded, shelf_at = self.carries < none, self._grid(self.shelf)
         target = cell + MOVES[self.direction]
