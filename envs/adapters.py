@@ -145,7 +145,7 @@ class _Agents:
         many = isinstance(env.action_space, Tuple) and isinstance(env.observation_space, Tuple)
         self.env, self.unwrapped, self.many, self.agents = env, env.unwrapped, many, []
         self.possible_agents = list(range(len(env.action_space.spaces) if many else 1))
-        self.render, self.close = env.render, env.close
+        self.render, self.close, self.metadata = env.render, env.close, env.metadata
 
     def observation_space(self, agent):
         return self.env.observation_space[agent] if self.many else self.env.observation_space
@@ -184,7 +184,8 @@ class _Copies(Env):
     def __init__(self, envs, num_adversaries=None, **common):
         from gymnasium import spaces
 
-        super().__init__(type(envs[0].unwrapped).__name__ if envs else "copies", len(envs), **common)
+        name = envs and envs[0].metadata.get("name") or envs and type(envs[0].unwrapped).__name__
+        super().__init__(name or "copies", len(envs), **common)
         if len({id(env.unwrapped) for env in envs}) < len(envs):
             raise ValueError("the copies must be independent: make a new env at each call")
         self.envs, self.names = envs, list(envs[0].possible_agents)
@@ -215,8 +216,8 @@ class _Copies(Env):
 
     def step(self, action):
         action, reward = self.check_action(action), np.zeros((self.num_envs, self.num_agents), np.float32)
-        if self.discrete:
-            action = [a.argmax(1) if a.is_floating_point() else a for a in action]
+        if self.discrete and not torch.is_tensor(action):
+            action = [a.argmax(1) for a in action]
         action = [a.detach().cpu().numpy() for a in action]  # each (B,) or (B, A)
         self.t += 1
         for b, env in enumerate(self.envs):

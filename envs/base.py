@@ -1,5 +1,6 @@
 """What the envs share: the constructor, the checks of the contract (envs/__init__.py) and sets of tasks."""
 
+import numpy as np
 import torch
 
 STRIPES = 100  # of a task range, along its first coordinate; every fifth is held out for "test"
@@ -42,18 +43,22 @@ class Env:
             raise ValueError(f"{self.name}: split must be one of {', '.join(self.splits)}, not {split!r}")
 
     def check_action(self, action):
-        """The actions of all agents, as a tuple. ValueError for other shapes, types or numbers."""
-        B, action = self.num_envs, (action,) if torch.is_tensor(action) else tuple(action)
+        """The actions of all agents: numbers stacked, (N, B) long, or a tuple of (B, A_i) floats. ValueError
+        for anything else."""
+        alone = self.num_agents == 1 and torch.is_tensor(action)
+        B, action = self.num_envs, (action,) if alone else tuple(action)
         numbers = self.discrete and not (self.soft and action and action[0].is_floating_point())
         wanted = [(B,) if numbers else (B, A) for A in self.action_dims]
         given = [tuple(a.shape) for a in action]
         if given != wanted:
             raise ValueError(f"{self.name}: action must be {wanted}, one for each agent, not {given}")
-        for a, n in zip(action, getattr(self, "choices", self.action_dims)) if numbers else ():
-            low, high = a.aminmax()
-            if a.is_floating_point() or low < 0 or high >= n:
-                raise ValueError(f"{self.name}: actions must be integers in 0 .. {n - 1}, "
-                                 f"not {low} .. {high} of {a.dtype}")
+        if not numbers:
+            return action
+        action, choices = torch.stack(action), getattr(self, "choices", self.action_dims)
+        number = action.cpu().numpy()  # (N, B)
+        if number.dtype != np.int64 or number.min() < 0 or (number.T >= choices).any():
+            raise ValueError(f"{self.name}: actions must be long, in 0 .. {[n - 1 for n in choices]}, "
+                             f"not {number.min(1).tolist()} .. {number.max(1).tolist()} of {number.dtype}")
         return action
 
     def tensor(self, x, dtype=torch.float32):

@@ -39,6 +39,7 @@ class MatrixGame(Env):
         pay = torch.tensor(PAYOFF[game])[joint[:, :, None], joint[:, None, :]]  # (S-1, N, N)
         pay = (pay.sum(2) - pay.diagonal(dim1=1, dim2=2)) / (N - 1)
         self.reward_table = torch.cat([torch.zeros(1, N), pay]).to(self.device)  # (S, N)
+        self.digit = self.actions ** torch.arange(N - 1, -1, -1, device=self.device)[:, None]  # (N, 1)
         classes = CLASSES[game]
         if personas is None:
             self.personas = draw_personas(classes, S, self.actions, persona_seed, ood)
@@ -55,9 +56,7 @@ class MatrixGame(Env):
         return self._obs()
 
     def step(self, action):
-        joint = 0
-        for a in self.check_action(action):
-            joint = joint * self.actions + a
+        joint = (self.check_action(action) * self.digit).sum(0)  # a number in base A
         self.state, self.t = joint + 1, self.t + 1
         truncated = torch.full_like(self.state, self.t >= self.horizon, dtype=torch.bool)
         return self._obs(), self.reward_table[self.state], torch.zeros_like(truncated), truncated, {}
@@ -66,7 +65,7 @@ class MatrixGame(Env):
         if self.index_obs:
             return tuple(self.state.clone() for _ in range(self.num_agents))
         state = torch.nn.functional.one_hot(self.state, self.states).float()
-        return tuple(state.clone() for _ in range(self.num_agents))
+        return state, *(state.clone() for _ in range(self.num_agents - 1))
 
     def sample_tasks(self, n, split="train"):
         """(n, N-1, S, A) logits: every opponent drawn from the whole split, uniformly, with replacement."""

@@ -210,39 +210,45 @@ class Particle(Env):
         return N, K
 
     def _lay_out(self, moves, words):
-        """The sheet, its parts by name as views of it, and the row numbers of who pushes, speaks and sees."""
+        """The sheet (R, B): every number that somebody may observe is one of its rows. self.vel, self.pos,
+        ... are views of their rows; see.vel, see.pos, ... are the numbers of those rows, from which
+        observation() picks."""
         N, L, G, B = self.num_agents, self.landmarks, self.goals, self.num_envs
         self.action_splits = tuple((5,) * m + (w,) * (w > 0) for m, w in zip(moves.tolist(), words))
         self.action_dims = tuple(map(sum, self.action_splits))
         E, D = N + L + G, self.colour[0] if self.colour else 0  # a goal is one more entity, at its landmark
-        parts = dict(vel=(2, N), pos=(2, E), rel=(2, E, N), shades=(D, G), action=(sum(self.action_dims),),
-                     more=(self.extra,), const=(3,))
-        cuts = np.cumsum([prod(shape) for shape in parts.values()])
-        self.sheet, see = np.zeros((cuts[-1], B)), SimpleNamespace()
-        views, rows = np.split(self.sheet, cuts[:-1]), np.split(np.arange(cuts[-1]), cuts[:-1])
-        for (part, shape), view, numbers in zip(parts.items(), views, rows):
-            setattr(self, part, view.reshape(*shape, B))
-            setattr(see, part, numbers.reshape(shape).T)  # vel (N, 2), pos (E, 2), rel (N, E, 2), ...
+        shapes = dict(vel=(2, N), pos=(2, E), rel=(2, E, N), shades=(D, G), action=(sum(self.action_dims),),
+                      more=(self.extra,), const=(3,))
+        self.sheet, see, end = np.zeros((sum(map(prod, shapes.values())), B)), SimpleNamespace(), 0
+        for part, shape in shapes.items():
+            start, end = end, end + prod(shape)
+            setattr(self, part, self.sheet[start:end].reshape(*shape, B))
+            setattr(see, part, np.arange(start, end).reshape(shape).T)  # vel (N, 2), rel (N, E, 2), ...
         self.const[:] = [[0.0], [0.1], [0.9]]
         self.place, self.dist = self.pos[:, : N + L], np.zeros((E, N, B))
         self.goal, self.t = np.zeros((G, B), np.int64), 0
-        # Actions: agent i's begins at row first[i] with the five moves, if it moves; its words end it. A
-        # force is the difference of two rows, times thrust; for who cannot move both are the row of zeros.
-        ends = np.cumsum(self.action_dims)
-        self.first = see.action[ends - self.action_dims][:, None]  # (N, 1)
-        see.words = self.said = [see.action[end - w : end] for end, w in zip(ends, words)]
-        push = np.where(moves[:, None], self.first + np.arange(1, 5), see.const[0]).T  # (4, N)
-        self.minus, self.plus = push[0::2], push[1::2]  # (2, N)
-        if self.dialect == "mpe":
-            self.minus, self.plus = self.plus, self.minus
-        self.thrust = np.broadcast_to(self.accel, (N,))[:, None].astype(float)
-        self.choices = [prod(split) for split in self.action_splits]
-        self.talkers = [i for i, split in enumerate(self.action_splits) if len(split) > 1]
-        # Observations
+        self._read_actions(see, moves, words)
+
         see.marks, see.targets = range(N, N + L), range(N + L, E)
         see.others = [[j for j in range(N) if j != i] for i in range(N)]
         lists = [np.concatenate([np.ravel(x) for x in self.observation(i, see)]) for i in range(N)]
         self.seen, self.obs_dims = np.concatenate(lists).astype(int), tuple(map(len, lists))
+
+    def _read_actions(self, see, moves, words):
+        """Which rows push whom, and which are words. Agent i's action begins at row first[i], with the five
+        moves if it moves, and ends with its words."""
+        ends = np.cumsum(self.action_dims)
+        self.first = see.action[ends - self.action_dims][:, None]  # (N, 1)
+        see.words = self.said = [see.action[end - w : end] for end, w in zip(ends, words)]
+        # The force on an agent is the difference of two rows, times thrust. Who cannot move has the row of
+        # zeros for both.
+        push = np.where(moves[:, None], self.first + np.arange(1, 5), see.const[0]).T  # (4, N): -x, +x, -y, y
+        self.minus, self.plus = push[0::2], push[1::2]  # (2, N)
+        if self.dialect == "mpe":
+            self.minus, self.plus = self.plus, self.minus
+        self.thrust = np.broadcast_to(self.accel, (self.num_agents,))[:, None].astype(float)
+        self.choices = [prod(split) for split in self.action_splits]
+        self.talkers = [i for i, split in enumerate(self.action_splits) if len(split) > 1]
 
     def _aim(self, goal):
         """Sets the goals, (G, B), and all that follows from goals and positions."""
@@ -257,10 +263,10 @@ class Particle(Env):
     def _act(self, action):
         """Writes the joint action into the sheet: floats as they are, numbers as one-hot blocks."""
         action = self.check_action(action)
-        if action[0].is_floating_point():
+        if not torch.is_tensor(action):
             self.action[:] = torch.cat(action, 1).detach().cpu().numpy().T
             return
-        joint = torch.stack(action).cpu().numpy()  # (N, B)
+        joint = action.cpu().numpy()  # (N, B)
         self.action[:], worlds = 0, np.arange(self.num_envs)
         for i in self.talkers:
             joint[i], word = joint[i] % 5, joint[i] // 5

@@ -50,7 +50,7 @@ class Pursuit(Env):
 
     def step(self, action):
         action = self.check_action(action)
-        action = torch.stack([a.argmax(1) if a.is_floating_point() else a for a in action])  # (2, B)
+        action = action if torch.is_tensor(action) else torch.stack([a.argmax(1) for a in action])  # (2, B)
         moved = (self.place + MOVES.to(self.device)[action]).clamp(min=0).minimum(self.size - 1)
         alive = ~self.terminated
         self.place = torch.where(alive[:, None], moved, self.place)

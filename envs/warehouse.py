@@ -63,35 +63,49 @@ def may_move(cell, target):
     """Whose wish is granted: (B, N) bool, of the cells (B, N) where robots are and those that they want. Who
     wants his own cell gets it.
 
-    A robot points to the one who is on its target, or to nobody. Following the pointers leads into a ring
-    (of length 1: someone who stays) or out to a free cell, and all who reach the same end are one tree.
+    Each robot points to the one who is on its target, or to a free cell. Following the pointers leads round a
+    ring (of length 1: someone who stays) or along a chain out to a free cell.
     """
-    (B, N), robot = cell.shape, np.arange(cell.shape[1])
+    N = cell.shape[1]
     wants = target[:, :, None] == cell[:, None, :]  # (B, N, N): [i, j], i wants j's cell
     ahead = np.where(wants.any(2), wants.argmax(2), N)  # (B, N): whose place i wants; N: nobody's
-    pointer, ring = np.concatenate([ahead, np.full((B, 1), N)], axis=1), np.zeros((B, N), int)
-    here = ahead
-    for length in range(1, N + 1):
-        ring[(here == robot) & (ring == 0)] = length
-        here = np.take_along_axis(pointer, here, axis=1)
-    free = here == N
+    ring, free = follow(ahead)
+    turns = (ring == 1) | (ring > 2)  # all of the ring get their wish; two who face each other do not
+    moves = free & first_of_rivals(wants & ~np.eye(N, dtype=bool), target)
+    granted = turns
+    for _ in range(N):  # from the head of a chain to its end: whoever moves makes room for the next
+        granted = turns | moves & np.take_along_axis(beside(granted, True), ahead, axis=1)
+    return granted
 
-    follows = wants & (robot[:, None] != robot)
-    chain = np.ones((B, N), int)  # of the longest chain that ends in i, counted from behind
+
+def beside(x, value):
+    """(B, N) -> (B, N + 1): another column, for what is nobody's."""
+    return np.concatenate([x, np.full((len(x), 1), value)], axis=1)
+
+
+def follow(ahead):
+    """Where the pointers (B, N) lead: how long the ring is that i is part of, (B, N), 0 if of none; and who
+    comes out at a free cell, (B, N) bool."""
+    N, here = ahead.shape[1], ahead
+    ring, pointer = np.zeros_like(ahead), beside(ahead, N)  # the free cell points to itself
+    for length in range(1, N + 1):
+        ring[(here == np.arange(N)) & (ring == 0)] = length
+        here = np.take_along_axis(pointer, here, axis=1)
+    return ring, here == N
+
+
+def first_of_rivals(follows, target):
+    """Of those who want one cell: who heads the longest chain, (B, N) bool. follows (B, N, N): [i, j], i
+    wants the place of another one, j."""
+    B, N, robot = *target.shape, np.arange(target.shape[1])
+    chain = np.ones((B, N), int)  # robots in the longest chain that i heads
     for _ in range(N - 1):
         chain = 1 + (follows * chain[:, :, None]).max(1)
-    # When does i's cell enter rware's graph, if robot 0's cell, its target, robot 1's cell ... do in turn?
-    entered = np.where(follows, 2 * robot[:, None] + 1, 2 * N).min(1)
-    entered = np.minimum(entered, 2 * robot)
-    weight = 2 * N * chain - entered
-    rival = target[:, :, None] == target[:, None, :]
-    first = ~(rival & (weight[:, :, None] < weight[:, None, :])).any(2)
-
-    start = np.concatenate([(ring == 1) | (ring > 2), np.ones((B, 1), bool)], axis=1)  # (B, N + 1)
-    granted, chosen = start.copy(), free & first
-    for _ in range(N):  # from the head of a chain to its end
-        granted[:, :N] = start[:, :N] | chosen & np.take_along_axis(granted, ahead, axis=1)
-    return granted[:, :N]
+    # Between equals: whose cell enters rware's graph first? Robot 0's, its target, robot 1's, ... do in turn
+    as_target = np.where(follows, 2 * robot[:, None] + 1, 2 * N).min(1)
+    weight = 2 * N * chain - np.minimum(2 * robot, as_target)
+    rivals = target[:, :, None] == target[:, None, :]
+    return ~(rivals & (weight[:, :, None] < weight[:, None, :])).any(2)
 
 
 class Warehouse(FiniteTasks, Env):
@@ -134,7 +148,7 @@ class Warehouse(FiniteTasks, Env):
         return self._observe()
 
     def step(self, action):
-        action = torch.stack(self.check_action(action), dim=1).cpu().numpy()  # (B, N)
+        action = self.check_action(action).T.cpu().numpy()  # (B, N)
         row, cell, none = self.row, self.cell, self.shelf.shape[1] - 1
         loaded, shelf_at = self.carries < none, self._grid(self.shelf)
         target = cell + MOVES[self.direction]

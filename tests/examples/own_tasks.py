@@ -8,7 +8,7 @@ from envs.adapters import from_gymnasium
 
 class Target(gymnasium.Wrapper):
     def reset(self, seed=None, options=None):
-        self.goal = options["task"][0]  # a row of `tasks`
+        self.goal = options["task"][0]  # a row of tasks
         return self.env.reset(seed=seed)
 
     def step(self, action):
@@ -16,7 +16,11 @@ class Target(gymnasium.Wrapper):
         return obs, -abs(np.arctan2(obs[1], obs[0]) - self.goal), *rest
 
 
-tasks = {"train": np.linspace(-2, 2, 40)[:, None], "test": np.linspace(-1.9, 1.9, 20)[:, None]}
-pendulum = lambda: Target(gymnasium.make("Pendulum-v1"))
-tesp.make_env = lambda args, n, **part: from_gymnasium(pendulum, n, horizon=args.horizon, tasks=tasks, **part)
+def make_env(args, num_envs, part=(0, 1)):
+    tasks = {"train": np.linspace(-2, 2, 40)[:, None], "test": np.linspace(-1.9, 1.9, 20)[:, None]}
+    pendulum = lambda: Target(gymnasium.make("Pendulum-v1"))
+    return from_gymnasium(pendulum, num_envs, horizon=args.horizon, tasks=tasks, part=part)
+
+
+tesp.make_env = make_env
 tesp.train(tesp.parse())
