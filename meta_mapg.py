@@ -67,6 +67,8 @@ import envs
 import torch
 import torch.nn.functional as F
 import tyro
+from torch.distributions import Categorical, Independent, Normal
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -235,18 +237,20 @@ def make_env(args, num_envs, part=(0, 1)):
 # States are S numbers each, or one index of S: then everything before the recurrence is a table of S rows,
 # and a time step is a look-up and one product with W_hh. The recurrence is written out, because the fused
 # ones of torch cannot be differentiated twice, which the outer step does.
-def lstm_shapes(states, outputs, hidden=64, gaussian=False):
+def lstm_shapes(states, outputs, gaussian=False):
     """{name: shape}: weights (out, in), gates in the order i, f, g, o."""
-    H = hidden
+    H = 64
     shapes = {"w1": (H, states), "w_ih": (4 * H, H), "w_hh": (4 * H, H), "w2": (outputs, H)}
     shapes |= {"b1": (H,), "b_ih": (4 * H,), "b_hh": (4 * H,), "b2": (outputs,)}
     return shapes | ({"log_std": (outputs,)} if gaussian else {})
 
 
-def make_lstm(states, outputs, hidden=64, gaussian=False):
+def make_lstm(states, outputs, gaussian=False):
     """Parameters {name: tensor}: weights Xavier-normal, biases and log_std 0."""
-    return {k: torch.randn(shape) * math.sqrt(2 / sum(shape)) if len(shape) == 2 else torch.zeros(shape)
-            for k, shape in lstm_shapes(states, outputs, hidden, gaussian).items()}
+    p = {name: torch.zeros(shape) for name, shape in lstm_shapes(states, outputs, gaussian).items()}
+    for name in ("w1", "w_ih", "w_hh", "w2"):
+        torch.nn.init.xavier_normal_(p[name])
+    return p
 
 
 def look_up(table, state):
@@ -263,60 +267,43 @@ def linear(x, weight, bias):
 def gate_inputs(p, state):
     """What the states (C, T, K[, S]) add to the LSTM's four gates -> (C, T, K, 4H)."""
     bias = p["b_ih"] + p["b_hh"]
-    if state.is_floating_point():
-        x = F.relu(linear(state.flatten(1, 2).to(p["w1"].dtype), p["w1"], p["b1"]))
-        return linear(x, p["w_ih"], bias).unflatten(1, state.shape[1:3])
-    x = F.relu(p["w1"].mT + p["b1"][:, None])  # (C, S, H): a one-hot state picks a column of w1
-    return look_up(linear(x, p["w_ih"], bias), state)
+    if not state.is_floating_point():  # a one-hot state picks a column of w1, so S rows are enough
+        x = F.relu(p["w1"].mT + p["b1"][:, None])
+        return look_up(linear(x, p["w_ih"], bias), state)
+    x = state.flatten(1, 2).to(bias.dtype)
+    x = F.relu(linear(x, p["w1"], p["b1"]))
+    return linear(x, p["w_ih"], bias).unflatten(1, state.shape[1:3])
 
 
 def lstm(p, state, memory=None):
     """(C, T, K[, S]) states -> outputs (C, T, K, A) and the memory (h, c) after the last, each (C, K, H)."""
     steps = gate_inputs(p, state).unbind(1)  # T times (C, K, 4H)
-    w_hh, outputs = p["w_hh"].mT, []
-    h, c = memory or [steps[0].new_zeros(*steps[0].shape[:2], w_hh.shape[1])] * 2
+    w_hh, hs = p["w_hh"].mT, []
+    h, c = memory or [torch.zeros_like(steps[0][..., : w_hh.shape[1]])] * 2
     for z in steps:
         i, f, g, o = torch.baddbmm(z, h, w_hh).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
-        outputs.append(h)
-    out = linear(torch.cat(outputs, 1), p["w2"], p["b2"])  # (C, TK, A)
-    return out.unflatten(1, (len(steps), -1)), (h, c)
+        hs.append(h)
+    out = linear(torch.cat(hs, 1), p["w2"], p["b2"])  # (C, TK, A)
+    return out.unflatten(1, (len(hs), -1)), (h, c)
 
 
 def policy(p, state, memory=None):
-    """log pi(.|s) or a Gaussian's means at (C, T, K[, S]) states -> (C, T, K, A); and the memory."""
+    """pi(.|s) at (C, T, K[, S]) states, a torch distribution, and the memory."""
     if "logits" in p:
-        return look_up(p["logits"].log_softmax(-1), state), None
+        return Categorical(logits=look_up(p["logits"], state), validate_args=False), None
     out, memory = lstm(p, state, memory)
-    return out if "log_std" in p else out.log_softmax(-1), memory  # [D7]
-
-
-def std_of(p):
-    """Standard deviations of a Gaussian policy, (C, 1, 1, A)."""
-    return p["log_std"].clamp(min=math.log(1e-6)).exp()[:, None, None]
-
-
-def log_prob(p, state, action):
-    """log pi(a|s) of the actions (C, T, K) or, of a Gaussian, (C, T, K, A) -> (C, T, K)."""
-    out, _ = policy(p, state)
     if "log_std" not in p:
-        return out.gather(-1, action[..., None])[..., 0]
-    std = std_of(p)
-    return -(0.5 * ((action - out) / std) ** 2 + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def entropy(p, state):
-    """That of pi(.|s) -> (C, T, K), or (C, 1, 1) for a Gaussian, where it is the same in every state."""
-    if "log_std" in p:
-        return (std_of(p).log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
-    log_pi, _ = policy(p, state)
-    return -(log_pi.exp() * log_pi).sum(-1)
+        return Categorical(logits=out, validate_args=False), memory  # [D7]
+    std = p["log_std"].clamp(min=math.log(1e-6)).exp()[:, None, None].expand_as(out)
+    return Independent(Normal(out, std, validate_args=False), 1), memory
 
 
 def critic_value(p, state):
     """v(s_t) at (C, T, K) states, each episode read from its start -> (C, T, K)."""
-    return (look_up(p["values"], state) if "values" in p else lstm(p, state)[0])[..., 0]
+    out = look_up(p["values"], state) if "values" in p else lstm(p, state)[0]
+    return out[..., 0]
 
 
 # ================================================================ 3. Rollout
@@ -329,38 +316,42 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(env, players, num_episodes, part=(0, 1)):
+def rollout(env, players, part=(0, 1)):
     """Play one batch with N players, agent 0 first. part: (rank, world) if other processes play other chains.
     Every process draws for all chains and keeps its own: a chain does not depend on who plays it."""
     rank, world = part
-    C, K, N = env.num_envs // num_episodes, num_episodes, env.num_agents
-    draw, shape = (torch.rand, ()) if env.discrete else (torch.randn, env.action_dims[:1])
-    noise = draw(env.horizon, world * C, K, N, *shape, device=env.device)[:, rank * C : (rank + 1) * C]
-    obs, memory, steps = env.reset(), [None] * N, []
+    C = len(next(iter(players[0].values())))
+    shape = [env.horizon, world * C, env.num_envs // C, env.num_agents]
+    noise = torch.rand(shape) if env.discrete else torch.randn(shape + [env.action_dims[0]])
+    noise = noise[:, rank * C : (rank + 1) * C].to(env.device)  # (H, C, K, N[, A])
+
+    obs, memory, steps = env.reset(), [None] * env.num_agents, []
     for t in range(env.horizon):
-        state, actions = obs[0].unflatten(0, (C, K)), []  # (C, K[, S])
+        state, actions = obs[0].unflatten(0, (C, -1)), []  # (C, K[, S])
         for a, p in enumerate(players):
-            out, memory[a] = policy(p, state[:, None], memory[a])
+            pi, memory[a] = policy(p, state[:, None], memory[a])
             if env.discrete:  # the inverse transform of U(0, 1)
-                action = (noise[t, :, :, a, None] > out[:, 0].exp().cumsum(-1)[..., :-1]).sum(-1)
+                below = pi.probs[:, 0].cumsum(-1)[..., :-1]  # (C, K, A-1)
+                actions.append((noise[t, :, :, a, None] > below).sum(-1))
             else:
-                action = out[:, 0] + std_of(p)[:, 0] * noise[t, :, :, a]
-            actions.append(action)
-        obs, reward, _, _, _ = env.step([a.flatten(0, 1) for a in actions])
-        steps.append((state, torch.stack(actions, 2), reward.view(C, K, N)))
+                actions.append(pi.mean[:, 0] + pi.stddev[:, 0] * noise[t, :, :, a])
+        obs, reward, *_ = env.step([action.flatten(0, 1) for action in actions])
+        steps.append((state, torch.stack(actions, 2), reward.unflatten(0, (C, -1))))
     state, action, reward = (torch.stack(x, 1) for x in zip(*steps))
     return Batch(state, action, reward.movedim(-1, 1))
 
 
 # ================================================================ 4. Objectives
 # Pure functions of tensors. Time is dimension -2 and the episode dimension -1 in (..., H, K).
+def decay(x, factor):
+    """Lower triangle (H, H) of factor^(t-u), for x (..., H, K): decay @ x sums the past, decay.mT @ x the future."""
+    t = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)
+    return (factor ** (t[:, None] - t).clamp(min=0)).tril()
+
+
 def returns_to_go(reward, gamma):
     """R_t = sum_{u >= t} gamma^(u-t) r_u over dimension -2."""
-    out, acc = torch.empty_like(reward), torch.zeros_like(reward[..., 0, :])
-    for t in reversed(range(reward.shape[-2])):
-        acc = reward[..., t, :] + gamma * acc
-        out[..., t, :] = acc
-    return out
+    return decay(reward, gamma).mT @ reward
 
 
 def gae(reward, value, gamma, gae_lambda):
@@ -370,18 +361,15 @@ def gae(reward, value, gamma, gae_lambda):
     return returns_to_go(reward + gamma * next_value - value, gamma * gae_lambda)
 
 
-def linear_baseline(state, reward, num_states, gamma, ridge=1e-5):
-    """eq. (1): ridge regression of the return-to-go on [s, s^2, t, t^2, t^3, 1], t in hundreds of steps, for
+def linear_baseline(state, reward, gamma, ridge=1e-5):
+    """eq. (1): ridge regression of the return-to-go on [s, s^2, 1, t, t^2, t^3], t in hundreds of steps, for
     each chain and agent. state (C, H, K[, S]), reward (C, N, H, K) -> (C, N, H, K), constant for autograd."""
     C, N, H, K = reward.shape
-    t = torch.arange(H, device=state.device, dtype=torch.float64)[:, None].expand(H, K) / 100
-    time = torch.stack([t, t**2, t**3, torch.ones_like(t)], -1).expand(C, H, K, 4)
-    if state.is_floating_point():
-        s = torch.cat([state, state**2], -1).double()
-    else:
-        s = F.one_hot(state, num_states).double() * math.sqrt(2)  # [D1] s and s^2 at once
-    x = torch.cat([s, time], -1).flatten(1, 2)  # (C, HK, S+4 or 2S+4)
-    target = returns_to_go(reward.double(), gamma).reshape(C, N, H * K).mT  # (C, HK, N)
+    s = state if state.is_floating_point() else F.one_hot(state)
+    t = torch.arange(H, device=s.device, dtype=torch.float64).view(H, 1, 1) / 100
+    time = t ** torch.arange(4, device=s.device)  # (H, 1, 4)
+    x = torch.cat([s, s**2, time.expand(C, H, K, 4)], -1).flatten(1, 2).double()  # (C, HK, F)
+    target = returns_to_go(reward.double(), gamma).flatten(2).mT  # (C, HK, N) [D1]
     gram = x.mT @ x + ridge * torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
     w = torch.linalg.solve(gram, x.mT @ target)
     return (x @ w).mT.reshape(C, N, H, K).to(reward.dtype).detach()
@@ -397,11 +385,9 @@ def dice_objective(nodes, reward, baseline, gamma, dice_lambda=1.0):
     through which the samples depend on parameters: the own ones, or those of all agents, which lets our
     policy shape their step. Its value is 0, its first derivative the policy gradient. [D2]"""
     assert nodes.shape == reward.shape == baseline.shape
-    t = torch.arange(nodes.shape[-2], device=nodes.device)
-    discount = gamma ** t.to(nodes.dtype)[:, None]
-    decay = (dice_lambda ** (t[:, None] - t).clamp(min=0).to(nodes.dtype)).tril()  # (H, H): lambda^(t-u)
-    w = decay @ nodes
+    w = decay(nodes, dice_lambda) @ nodes
     adv = returns_to_go(reward, gamma) - baseline
+    discount = decay(nodes, gamma)[:, :1]  # (H, 1): gamma^t
     return (discount * (box(w) - box(w - nodes)) * adv).sum(-2).mean(-1)
 
 
@@ -421,13 +407,10 @@ def exact_value(x, y, reward_table, gamma, horizon):
     x, y (C, S, A) logits of player 0 and 1, reward_table (S, 2) -> V (C, 2), discounted visits (C, S-1)."""
     joint = (x.softmax(-1)[..., :, None] * y.softmax(-1)[..., None, :]).flatten(2)  # (C, S, AA): next state
     start, P = joint[:, :1], joint[:, 1:] * gamma
-    # sum_{t<n} P^t by doubling, reading H from its highest bit: S_2n = S_n + P^n S_n and S_{n+1} = I + P S_n
-    eye = torch.eye(P.shape[-1], device=P.device, dtype=P.dtype).expand_as(P)
-    total, power = eye, P
-    for bit in bin(horizon)[3:]:
-        total, power = total + power @ total, power @ power
-        if bit == "1":
-            total, power = eye + P @ total, power @ P
+    # the upper right block of [[P, I], [0, I]]^H is I + P + ... + P^(H-1)
+    eye, n = torch.eye(P.shape[-1], device=P.device, dtype=P.dtype).expand_as(P), P.shape[-1]
+    block = torch.cat([torch.cat([P, eye], -1), torch.cat([0 * P, eye], -1)], -2)
+    total = torch.linalg.matrix_power(block, horizon)[:, :n, n:]
     visits = (start @ total)[:, 0]
     return visits @ reward_table[1:].to(visits.dtype), visits
 
@@ -441,11 +424,20 @@ GROWTH = ((0.0, 1), (0.4, 3), (0.75, math.inf))  # share of total_steps from whi
 
 
 class Plan(NamedTuple):
-    """What a chain of training looks like."""
+    """The course of a chain in training."""
 
     length: int  # updates
     first: int  # l of the first batch whose return is scored; all later ones are, too
     learns: bool  # whether agent i updates its policy along the chain; the peers always do
+
+
+class Chain(NamedTuple):
+    """What came out of C chains; the rewards as the environment gives them, mean over a batch's steps."""
+
+    loss: torch.Tensor  # (C,) of the actor and the step sizes
+    critic_loss: torch.Tensor  # (C,)
+    reward: torch.Tensor  # (C, L+1, N)
+    share: torch.Tensor  # (C, L+1, 2, A) of each action in those of agent i and its first peer; none: A = 0
 
 
 def chain_plan(args, progress):
@@ -460,7 +452,8 @@ def chain_plan(args, progress):
 
 def log_probs(players, batch):
     """log pi^a of the actions that were taken, (C, N, H, K)."""
-    return torch.stack([log_prob(p, batch.state, a) for p, a in zip(players, batch.action.unbind(3))], 1)
+    pairs = zip(players, batch.action.unbind(3))
+    return torch.stack([policy(p, batch.state)[0].log_prob(action) for p, action in pairs], 1)
 
 
 def ascend(players, objective, lrs, create_graph):
@@ -470,8 +463,8 @@ def ascend(players, objective, lrs, create_graph):
     for a, lr in enumerate(lrs):
         if lr is None:
             continue
-        gradients = torch.autograd.grad(objective[:, a].sum(), [*players[a].values()], retain_graph=True,
-                                        create_graph=create_graph)
+        own, values = objective[:, a].sum(), [*players[a].values()]
+        gradients = torch.autograd.grad(own, values, retain_graph=True, create_graph=create_graph)
         new[a] = {}
         for (name, value), g in zip(players[a].items(), gradients):
             rate = lr.view(-1, *[1] * (g.dim() - 1)) if torch.is_tensor(lr) else lr
@@ -479,51 +472,52 @@ def ascend(players, objective, lrs, create_graph):
     return new
 
 
-def inner_update(players, batch, lrs, args, num_states, shaping, create_graph):
-    """eqs. (1)-(3): one policy-gradient step of every agent on one batch. Returns log_probs and new players.
-    With `shaping` all agents' log-probabilities are nodes: this changes derivatives, not the step."""
-    logprob, reward = log_probs(players, batch), batch.reward * args.reward_scale  # (C, N, H, K)
-    baseline = linear_baseline(batch.state, reward, num_states, args.gamma)
+def inner_update(players, logprob, batch, lrs, args, training):
+    """eqs. (1)-(3): one policy-gradient step of every agent on one batch, whose log_probs are given. In
+    training all agents' are nodes: this changes derivatives, not the step. Meta-PG goes without."""
+    reward = batch.reward * args.reward_scale  # (C, N, H, K)
+    shaping = training and args.method != "meta-pg"
     nodes = logprob.sum(1, keepdim=True).expand_as(logprob) if shaping else logprob
+    baseline = linear_baseline(batch.state, reward, args.gamma)
     objective = dice_objective(nodes, reward, baseline, args.gamma, args.dice_lambda)
-    return logprob, ascend(players, objective, lrs, create_graph)
+    return ascend(players, objective, lrs, create_graph=training)
 
 
-class LinkClip(torch.autograd.Function):
-    """Hands players on unchanged. On the way back the gradient of each chain, over all tensors together, is
-    scaled down to norm max_norm: so a product of many Hessians does not choose the direction. [D4]"""
+def clip(gradients, max_norm):
+    """(C, P) gradients, each chain scaled down to norm max_norm; and the norms before, (C,)."""
+    norm = gradients.norm(dim=1)
+    return gradients * (max_norm / (norm + 1e-6)).clamp(max=1)[:, None], norm
 
-    @staticmethod
-    def forward(ctx, max_norm, *tensors):
-        ctx.max_norm = max_norm
-        return tuple(x.view_as(x) for x in tensors)
 
-    @staticmethod
-    def backward(ctx, *gradients):
-        flat = torch.cat([g.flatten(1) for g in gradients], 1)  # (C, P)
-        scale = (ctx.max_norm / (flat.norm(dim=1) + 1e-6)).clamp(max=1)
-        return None, *(g * scale.view(-1, *[1] * (g.dim() - 1)) for g in gradients)
+def split(flat, shapes):
+    """(C, P) -> {name: (C, *shape)}, views."""
+    parts = flat.split([math.prod(shape) for shape in shapes.values()], 1)
+    return {name: x.unflatten(1, shape) for (name, shape), x in zip(shapes.items(), parts)}
 
 
 def link(players, max_norm):
-    """The players of the next batch, behind a LinkClip."""
-    tensors = iter(LinkClip.apply(max_norm, *(x for p in players for x in p.values())))
-    return [{name: next(tensors) for name in p} for p in players]
+    """The same players. But the gradient that comes back through all of them together is clipped, chain by
+    chain: so a product of many Hessians does not choose the direction. [D4]"""
+    tensors = {(a, name): x for a, p in enumerate(players) for name, x in p.items()}
+    flat = torch.cat([x.flatten(1) for x in tensors.values()], 1)  # (C, P)
+
+    def on_the_way_back(gradient):
+        return clip(gradient, max_norm)[0]
+
+    flat.register_hook(on_the_way_back)
+    parts = split(flat, {key: x.shape[1:] for key, x in tensors.items()})
+    return [{name: parts[a, name] for name in p} for a, p in enumerate(players)]
 
 
-def fit_opponent(model, batch, agent, steps=50, lr=2.0):
-    """eq. (9): argmax_y sum_t log pi(a_t|s_t, y) by gradient ascent from `model` {"logits": (C, S, A)}, where
-    each state's step is divided by its number of visits, so that rare ones converge as fast as others. The
-    new values replace the old; the derivative by phi_0 that the model carries from its last step stays."""
-    C, S, A = model["logits"].shape
-    index = (batch.state * A + batch.action[..., agent]).flatten(1)
-    counts = torch.zeros(C, S * A, device=index.device).scatter_add_(1, index, torch.ones_like(index).float())
-    visits = counts.view(C, S, A).sum(-1, keepdim=True)
-    seen, frequency = visits > 0, counts.view(C, S, A) / visits.clamp(min=1)
-    y = model["logits"].detach().clone()
-    for _ in range(steps):
-        y += lr * seen * (frequency - y.softmax(-1))  # gradient of the mean log-likelihood of each state
-    return {"logits": model["logits"] + (y - model["logits"]).detach()}
+def fit_opponent(model, batch, agent):
+    """eq. (9): a table fitted to the actions of one agent: their frequencies in each state, with the `model`
+    {"logits": (C, S, A)} so far as one more visit. The new values replace the old; the derivative by phi_0
+    that the model carries from its last step stays."""
+    _, S, A = model["logits"].shape
+    state = F.one_hot(batch.state, S).flatten(1, 2).float()  # (C, HK, S)
+    action = F.one_hot(batch.action[..., agent], A).flatten(1, 2).float()
+    fitted = (state.mT @ action + model["logits"].softmax(-1)).log()
+    return {"logits": model["logits"] + (fitted - model["logits"]).detach()}
 
 
 def constants(p, *copies):
@@ -536,76 +530,71 @@ def peers_of(tasks, env):
     if env.discrete:
         return [constants({"logits": logits}) for logits in tasks.unbind(1)]
     shapes = lstm_shapes(env.obs_dims[0], env.action_dims[0], gaussian=True)
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    return [constants({k: v.unflatten(1, shape) for (k, shape), v in zip(shapes.items(), flat.split(sizes, 1))})
-            for flat in tasks.unbind(1)]
+    return [constants(split(weights, shapes)) for weights in tasks.unbind(1)]
 
 
-def sampled_chain(env, actor, step_sizes, critic, tasks, plan, args, part=(0, 1)):
-    """eqs. (1)-(5) for each row of `tasks`. Returns the losses (C,) of actor and critic, and the batches."""
-    players, batches, loss, critic_loss = [actor, *peers_of(tasks, env)], [], 0.0, 0.0
-    models = peers_of(torch.zeros_like(tasks), env) if args.opponent_model else []
-    shaping = args.method != "meta-pg"
+def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
+    """eqs. (1)-(5) for each row of `tasks`. When not training, no derivative passes from batch to batch."""
+    players, rewards, shares, loss, critic_loss = [actor, *peers_of(tasks, env)], [], [], 0.0, 0.0
+    models = peers_of(torch.zeros_like(tasks), env) if args.opponent_model and training else []
     for l in range(plan.length + 1):
-        batch = rollout(env, players, args.num_episodes, part)
-        batches.append(batch)
+        batch = rollout(env, players, part)
+        action, A = batch.action[:, :, :, :2], env.action_dims[0] if env.discrete else 0
+        shares.append(F.one_hot(action, A).float().mean((1, 2)) if A else torch.zeros(len(tasks), 2, 0))
+        rewards.append(batch.reward.mean((2, 3)))
+
+        # who is differentiated: a model, if there is one, in place of the peer whose actions it imitates
         models = [fit_opponent(model, batch, 1 + j) for j, model in enumerate(models)]
-        seen = [players[0], *models] if models else players  # OM: only the peers' actions are known
+        seen = [players[0], *models] if models else players
+        logprob = log_probs(seen, batch)
 
-        # every agent learns from the batch
-        if l < plan.length:
-            lrs = [step_sizes[:, l] if plan.learns else None] + [args.peer_lr] * (env.num_agents - 1)
-            logprob, new = inner_update(seen, batch, lrs, args, env.obs_dims[0], shaping, True)
-        else:
-            logprob, new = log_probs(seen, batch), None
-
-        # score it, and train the critic: one for all l
-        if l >= plan.first:
+        # score the batch, and train the critic: one for all l
+        if training and l >= plan.first:
             reward, value = batch.reward[:, 0] * args.reward_scale, critic_value(critic, batch.state)
-            ret = returns_to_go(reward, args.gamma)
-            critic_loss = critic_loss + ((value - ret) ** 2).mean((-2, -1))
             adv = gae(reward, value.detach(), args.gamma, args.gae_lambda)
             loss = loss + outer_loss(logprob, adv, args.method)
-        elif args.ent_coef and l == 0:
-            loss = loss - args.ent_coef * entropy(actor, batch.state).expand_as(logprob[:, 0]).sum(1).mean(-1)
+            critic_loss = critic_loss + ((value - returns_to_go(reward, args.gamma)) ** 2).mean((1, 2))
+        elif training and l == 0 and args.ent_coef:
+            entropy = policy(actor, batch.state)[0].entropy()
+            loss = loss - args.ent_coef * entropy.sum(1).mean(-1)
 
-        # the players of the next batch, of which the peers depend on us if we shape them
-        if new and models:
-            real = inner_update(players, batch, [None, *lrs[1:]], args, env.obs_dims[0], False, False)[1]
-            new = link(new, args.link_clip)
-            models, players = new[1:], [new[0], *map(constants, real[1:])]
-        elif new:
-            new = new if shaping else [new[0], *map(constants, new[1:])]
-            players = link(new, args.link_clip) if shaping else [*link(new[:1], args.link_clip), *new[1:]]
-    return loss / (plan.length + 1), critic_loss / (plan.length + 1), batches
+        # every agent learns from it; peers who are only modelled take a step of their own
+        if l < plan.length:
+            lrs = [eta[:, l] if plan.learns else None] + [args.peer_lr] * tasks.shape[1]
+            new = inner_update(seen, logprob, batch, lrs, args, training)
+            new = link(new, args.link_clip) if training else [constants(p) for p in new]
+            if models:
+                own = [None, *lrs[1:]]
+                real = inner_update(players, log_probs(players, batch), batch, own, args, training=False)
+                models, new[1:] = new[1:], [constants(p) for p in real[1:]]
+            players = new
+    loss, critic_loss = (x / (plan.length + 1) for x in (loss, critic_loss))
+    return Chain(loss, critic_loss, torch.stack(rewards, 1), torch.stack(shares, 1))
 
 
-def exact_chain(actor, step_sizes, tasks, env, plan, args, training=True):
-    """The same with expected updates: tables, eqs. (3) and (8), nothing sampled. Returns the loss (C,) and
-    the joint policies [(x_l, y_l)] for l = 0..L."""
-    players, policies, loss = [actor, *peers_of(tasks, env)], [], 0.0
+def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
+    """The same with expected updates: tables, eqs. (3) and (8); nothing is sampled and no critic needed."""
+    players, rewards, shares, loss = [actor, *peers_of(tasks, env)], [], [], 0.0
     for l in range(plan.length + 1):
         x, y = (p["logits"] for p in players)
-        policies.append((x, y))
-        value = exact_value(x, y, env.reward_table, args.gamma, args.horizon)[0]  # (C, 2)
-        if l >= plan.first and args.method == "no-own-learning":  # [D6] phi^i_l is held, phi^-i_l moves with phi^i_0
-            loss = loss - exact_value(x.detach(), y, env.reward_table, args.gamma, args.horizon)[0][:, 0]
+        value, _ = exact_value(x, y, env.reward_table, args.gamma, args.horizon)  # (C, 2)
+        total, visits = exact_value(x, y, env.reward_table, 1.0, args.horizon)
+        joint = visits.detach().unflatten(1, env.action_dims) / args.horizon  # (C, A, A)
+        shares.append(torch.stack([joint.sum(2), joint.sum(1)], 1))
+        rewards.append(total.detach() / args.horizon)
+        if l >= plan.first and args.method == "no-own-learning":  # [D6] phi^i_l is held, phi^-i_l is not
+            held, _ = exact_value(x.detach(), y, env.reward_table, args.gamma, args.horizon)
+            loss = loss - held[:, 0]
         elif l >= plan.first:
             loss = loss - value[:, 0]
+
+        # one step of both; in a test, and for the peer in Meta-PG, how it came about is forgotten
         if l < plan.length:
-            lrs = [step_sizes[:, l] if plan.learns else None, args.peer_lr]
-            players = ascend(players, value, lrs, training)
-            if not training:
-                players = [constants(p) for p in players]
-            elif args.method == "meta-pg":
-                players[1] = constants(players[1])
-    return loss / (plan.length + 1), policies
-
-
-def clip(gradients, max_norm):
-    """(C, P) gradients, each chain scaled down to norm max_norm; and the norms before, (C,). eq. (6)"""
-    norm = gradients.norm(dim=1)
-    return gradients * (max_norm / (norm + 1e-6)).clamp(max=1)[:, None], norm
+            players = ascend(players, value, [eta[:, l] if plan.learns else None, args.peer_lr], training)
+            players[0] = players[0] if training else constants(players[0])
+            players[1] = players[1] if training and args.method != "meta-pg" else constants(players[1])
+    loss = loss / (plan.length + 1)
+    return Chain(loss, torch.zeros_like(loss), torch.stack(rewards, 1), torch.stack(shares, 1))
 
 
 def pcgrad(gradients, order):
@@ -643,39 +632,35 @@ def outer_update(env, params, moments, args, progress):
     """One outer iteration, the algorithm box; params {"actor", "critic", "step_sizes": {name: tensor}} change
     in place. Returns {tag: value} and the mean reward per step of each agent along the chain, (L+1, N)."""
     # every process draws for all chains and keeps its own
-    C, all_chains = args.num_chains // WORLD, args.num_chains
-    tasks = env.sample_tasks(all_chains)[RANK * C : (RANK + 1) * C]
-    order = torch.rand(all_chains, all_chains, device=env.device).argsort(1)
-    actor, critic, steps = (constants(params[group], C) for group in ("actor", "critic", "step_sizes"))
+    C, plan = args.num_chains // WORLD, chain_plan(args, progress)
+    tasks = env.sample_tasks(args.num_chains)[RANK * C : (RANK + 1) * C]
+    order = torch.rand(args.num_chains, args.num_chains, device=env.device).argsort(1)
+    actor, critic, step_sizes = (constants(params[group], C) for group in ("actor", "critic", "step_sizes"))
+    eta = step_sizes["eta"]  # (C, L)
 
     # play, learn, play again
-    plan = chain_plan(args, progress)
-    if args.gradient == "exact":
-        loss, policies = exact_chain(actor, steps["eta"], tasks, env, plan, args)
-        reward = [exact_value(*xy, env.reward_table, 1.0, args.horizon)[0] / args.horizon for xy in policies]
-        critic_loss = torch.zeros_like(loss)
-    else:
-        loss, critic_loss, batches = sampled_chain(env, actor, steps["eta"], critic, tasks, plan, args, (RANK, WORLD))
-        reward = [batch.reward.mean((2, 3)) for batch in batches]  # (C, N)
+    run_chain = exact_chain if args.gradient == "exact" else sampled_chain
+    chain = run_chain(env, actor, eta, critic, tasks, plan, args, (RANK, WORLD))
 
     # each chain's gradient, in one backward pass for actor and step sizes and another for the critic
-    by = torch.autograd.grad(loss.sum(), [*actor.values(), steps["eta"]], allow_unused=True,
-                             materialize_grads=True)
-    gradients = {"actor": by[:-1], "step_sizes": by[-1:]}
+    leaves = [*actor.values(), eta]
+    both = torch.autograd.grad(chain.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+    gradients = {"actor": both[:-1], "step_sizes": both[-1:]}
     if args.gradient == "sampled":
-        gradients["critic"] = torch.autograd.grad(critic_loss.sum(), [*critic.values()])
+        gradients["critic"] = torch.autograd.grad(chain.critic_loss.sum(), [*critic.values()])
 
     # eqs. (6) and (7), group by group
-    logs = {}
+    logs, falling = {}, 1 - progress if args.anneal_lr else 1  # [D4]
     for group, g in gradients.items():
-        g, norm = clip(gather(torch.cat([x.flatten(1) for x in g], 1)), args.max_grad_norm)  # (all C, P)
-        lr = (args.critic_lr if group == "critic" else args.outer_lr) * (1 - progress if args.anneal_lr else 1)
-        change = amsgrad(moments[group], (pcgrad(g, order) if args.pcgrad else g).mean(0), lr)
-        for value, d in zip(params[group].values(), change.split([v.numel() for v in params[group].values()])):
-            value += d.view_as(value)
-        logs[f"grad/norm_{'outer' if group == 'actor' else group}"] = norm.mean()
-    columns = torch.cat([loss[:, None], critic_loss[:, None], torch.stack(reward, 1).flatten(1)], 1)
-    mean = gather(columns.detach()).mean(0)
+        g = gather(torch.cat([x.flatten(1) for x in g], 1))  # (all C, P)
+        g, norm = clip(g, args.max_grad_norm)
+        g = pcgrad(g, order) if args.pcgrad else g
+        lr = args.critic_lr if group == "critic" else args.outer_lr
+        x = [*params[group].values()]
+        vector_to_parameters(parameters_to_vector(x) + amsgrad(moments[group], g.mean(0), lr * falling), x)
+        logs["grad/norm_outer" if group == "actor" else f"grad/norm_{group}"] = norm.mean()
+    loss, critic_loss, reward, _ = chain
+    mean = gather(torch.cat([loss[:, None], critic_loss[:, None], reward.flatten(1)], 1).detach()).mean(0)
     return logs | {"losses/actor": mean[0], "losses/critic": mean[1]}, mean[2:].view(-1, env.num_agents)
 
 
@@ -689,55 +674,10 @@ def score(reward, args):
 
 
 def adapt(env, params, tasks, args):
-    """Scores (n, L+1, N) and action frequencies (n, L+1, N, A or, if not discrete, 0) along the chains of n
-    tasks."""
-    n, L, A = len(tasks), args.chain_length, env.action_dims[0]
-    actor, eta, rewards, freqs = constants(params["actor"], n), params["step_sizes"]["eta"].expand(n, L), [], []
-    if args.gradient == "exact":
-        for x, y in exact_chain(actor, eta, tasks, env, Plan(L, 1, True), args, training=False)[1]:
-            value, visits = exact_value(x, y, env.reward_table, 1.0, args.horizon)
-            rewards.append(value.detach() / args.horizon)
-            joint = visits.detach().view(n, A, A) / args.horizon
-            freqs.append(torch.stack([joint.sum(2), joint.sum(1)], 1))
-        return torch.stack(rewards, 1), torch.stack(freqs, 1)
-    players, lrs = [actor, *peers_of(tasks, env)], [args.peer_lr] * (env.num_agents - 1)
-    for l in range(L + 1):
-        batch = rollout(env, players, args.eval_episodes)
-        rewards.append(score(batch.reward.mean((2, 3)), args))
-        action = F.one_hot(batch.action, A).float() if env.discrete else batch.action[..., :0]
-        freqs.append(action.mean((1, 2)))
-        if l < L:  # every agent takes its own step, and forgets how it came there
-            players = inner_update(players, batch, [eta[:, l], *lrs], args, env.obs_dims[0], False, False)[1]
-            players = [constants(p) for p in players]
-    return torch.stack(rewards, 1), torch.stack(freqs, 1)
-
-
-def evaluate(args, params, split):
-    """{persona class: (rewards (n, L+1, N), action frequencies (n, L+1, N, A))} on "val" or "test"."""
-    with torch.random.fork_rng():
-        torch.manual_seed((args.seed + 10_000) % 2**64)
-        results = {}
-        for name, tasks in make_env(args, 1).tasks_by_class(split).items():
-            parts = tasks.split(5 if args.env == "half_cheetah_dir" else len(tasks))  # a peer there takes 0.2 GB
-            done = [adapt(make_env(args, len(t) * args.eval_episodes), params, t, args) for t in parts]
-            results[name] = tuple(torch.cat(x) for x in zip(*done))
-        return results
-
-
-def summary(results):
-    """{tag: value} of an evaluation: all personas, and each class with its 95 % interval over personas."""
-    every = torch.cat([reward[..., 0] for reward, _ in results.values()])  # (n, L+1)
-    flat = {f"eval/return_{l}": v for l, v in enumerate(every.mean(0).tolist())}
-    flat["eval/sum_after_phi_0"] = every[:, 1:].sum(1).mean().item()
-    for name, (reward, freq) in results.items():
-        flat[f"eval/{name}/sum_after_phi_0"] = reward[:, 1:, 0].sum(1).mean().item()
-        for l in range(reward.shape[1]):
-            flat[f"eval/{name}/return_{l}"] = reward[:, l, 0].mean().item()
-            flat[f"eval/{name}/return_{l}_ci95"] = interval(reward[:, l, 0]).item()
-            for who, agent in enumerate(("self", "peer")):
-                for a, p in enumerate(freq[:, l, who].mean(0).tolist()):
-                    flat[f"eval/{name}/{agent}_action_{a}_{l}"] = p
-    return flat
+    """The Chain of each of n tasks."""
+    actor, eta = constants(params["actor"], len(tasks)), params["step_sizes"]["eta"].expand(len(tasks), -1)
+    run_chain, plan = exact_chain if args.gradient == "exact" else sampled_chain, Plan(args.chain_length, 1, True)
+    return run_chain(env, actor, eta, None, tasks, plan, args, training=False)
 
 
 def interval(x):
@@ -745,24 +685,45 @@ def interval(x):
     return 1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))
 
 
-def table(results, args):
-    """The adaptation table: what agent i gets after 0..L updates, and what both sides play."""
-    actions = {"ipd": ["D", "C"], "half_cheetah_dir": []}.get(args.env, ["rock", "paper", "scissors"])
-    what, form, digits = ("reward per step", "+.3f", 2) if actions else ("return of an episode", "+.1f", 1)
+def evaluate(args, params, split):
+    """{tag: value} on the personas of "val" or "test": each class, and all of them."""
+    flat, every = {}, []
+    episodes = 1 if args.gradient == "exact" else args.eval_episodes
+    with torch.random.fork_rng():
+        torch.manual_seed((args.seed + 10_000) % 2**64)
+        for name, tasks in make_env(args, 1).tasks_by_class(split).items():
+            chain = adapt(make_env(args, len(tasks) * episodes), params, tasks, args)
+            reward = score(chain.reward[..., 0], args)  # (n, L+1)
+            every.append(reward)
+            columns = {"return": reward.mean(0), "ci95": interval(reward)}
+            for i, agent in enumerate(("self", "peer")):
+                columns |= {f"{agent}_action_{a}": p for a, p in enumerate(chain.share.mean(0)[:, i].unbind(-1))}
+            for tag, column in columns.items():
+                flat |= {f"eval/{name}/{tag}_{l}": x for l, x in enumerate(column.tolist())}
+            flat[f"eval/{name}/sum_after_phi_0"] = reward[:, 1:].sum(1).mean().item()
+    every = torch.cat(every)
+    flat |= {f"eval/return_{l}": x for l, x in enumerate(every.mean(0).tolist())}
+    return flat | {"eval/sum_after_phi_0": every[:, 1:].sum(1).mean().item()}
 
-    def row(name, values, form):
-        return f"{name:22s}" + "".join(f"{format(v, form):9s}" for v in values)
+
+def table(flat, args):
+    """The adaptation table of an evaluation: what agent i gets after 0..L updates, and what both sides play."""
+    actions = {"ipd": {1: "C"}, "half_cheetah_dir": {}}.get(args.env, {0: "rock", 1: "paper", 2: "scissors"})
+    what, form = ("reward per step", "+.3f") if actions else ("return of an episode", "+.1f")
+
+    def row(title, tag, form):
+        values = [flat[f"eval/{tag}_{l}"] for l in range(args.chain_length + 1)]
+        return f"{title:22s}" + "".join(f"{x:<9{form}}" for x in values)
 
     lines = [f"{args.env}: {what} of agent i against held-out personas, ± 95 % interval"]
-    lines[0] += "; actions" if actions else ""
-    lines.append(row("", [f"phi_{l}" for l in range(args.chain_length + 1)], "s") + "sum from phi_1")
-    for name, (reward, freq) in results.items():
-        mean = reward[..., 0].mean(0).tolist()
-        lines.append(row(f"{name} peer", mean, form) + f"{sum(mean[1:]):+.{digits}f}")
-        lines.append(row("  ±", interval(reward[..., 0]).tolist(), form[1:]))
-        for a, label in list(enumerate(actions))[1 if len(actions) == 2 else 0 :]:  # P(D) = 1 - P(C)
-            for who, agent in enumerate(("self", "peer")):
-                lines.append(row(f"  P({label}) {agent}", freq[:, :, who, a].mean(0).tolist(), ".2f"))
+    lines.append(" " * 22 + "".join(f"phi_{l}    " for l in range(args.chain_length + 1)) + "sum from phi_1")
+    for name in (tag.split("/")[1] for tag in flat if tag.endswith("/return_0") and tag.count("/") == 2):
+        total = flat[f"eval/{name}/sum_after_phi_0"]
+        lines.append(row(f"{name} peer", f"{name}/return", form) + f"{total:+.2f}")
+        lines.append(row("  ±", f"{name}/ci95", form[1:]))
+        for a, action in actions.items():
+            for agent in ("self", "peer"):
+                lines.append(row(f"  P({action}) {agent}", f"{name}/{agent}_action_{a}", ".2f"))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -875,12 +836,9 @@ def build(args, env):
         actor, critic = {"logits": torch.zeros(S, A)}, {"values": torch.zeros(S, 1)}
     else:
         actor, critic = make_lstm(S, A, gaussian=not env.discrete), make_lstm(S, 1)
-    params = {"actor": actor, "critic": critic,
-              "step_sizes": {"eta": torch.full((args.chain_length,), args.inner_lr)}}
-    params, moments = copy_of(params, args.device), {}
-    for group, p in params.items():
-        zeros = torch.zeros(sum(v.numel() for v in p.values()), device=args.device)
-        moments[group] = {"k": 0} | {name: zeros.clone() for name in ("m", "v", "v_max")}
+    eta, zero = torch.full((args.chain_length,), args.inner_lr), torch.zeros((), device=args.device)
+    params = copy_of({"actor": actor, "critic": critic, "step_sizes": {"eta": eta}}, args.device)
+    moments = {group: {"k": 0, "m": zero, "v": zero, "v_max": zero} for group in params}
     return params, moments
 
 
@@ -893,16 +851,15 @@ def copy_of(tensors, device):
 
 def report(args, params, folder, step):
     """Print the table of held-out personas and write eval.json."""
-    results = evaluate(args, params, "test")
-    print(table(results, args))
-    write_eval(folder, summary(results) | {"global_step": step, "seed": args.seed})
+    values = evaluate(args, params, "test")
+    print(table(values, args))
+    write_eval(folder, values | {"global_step": step, "seed": args.seed})
 
 
 def film(args, params, folder):
     """play.gif: agent i with the first held-out peer under phi_0 and, beside it, phi_L."""
     camera = envs.Camera(make_env(args, args.eval_episodes))
-    tasks = next(iter(camera.tasks_by_class("test").values()))
-    adapt(camera, params, tasks[:1], args)
+    adapt(camera, params, camera.tasks_by_class("test")["left"][:1], args)
     print(camera.save(folder / "play.gif", {"phi_0": 0, f"phi_{args.chain_length}": -1}))
 
 
@@ -945,7 +902,7 @@ def train(args):
             milestone = done or args.eval_every and iteration % args.eval_every == 0
             stop = done or bool(gather(torch.tensor([run.interrupted])).any())
             if milestone:
-                logs |= summary(evaluate(args, params, "val"))
+                logs |= evaluate(args, params, "val")
                 if logs["eval/sum_after_phi_0"] > best_score:
                     best, best_score = copy_of(params, args.device), logs["eval/sum_after_phi_0"]
             text = f"reward {score(reward[0, 0], args):+.3f} -> {score(reward[-1, 0], args):+.3f}"
