@@ -68,7 +68,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch.distributions import Categorical, Independent, Normal
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -178,8 +177,8 @@ def check(args):
     cheetah = args.env == "half_cheetah_dir"
     if args.gradient == "exact" and (args.policy != "table" or args.env != "ipd" or args.opponent_model):
         fail("--gradient exact needs --env ipd, --policy table and no --opponent-model, which fits samples")
-    if cheetah and (args.policy == "table" or args.opponent_model or args.ood):
-        fail("half_cheetah_dir is played by LSTMs: no --policy table, --opponent-model or --ood")
+    if cheetah and (args.policy == "table" or args.opponent_model):
+        fail("half_cheetah_dir is played by LSTMs: no --policy table, no --opponent-model")
     if args.capture_video and not cheetah:
         fail("--capture-video films half_cheetah_dir; a game has nothing to see but its table")
     if args.num_chains % WORLD:
@@ -231,26 +230,50 @@ def make_env(args, num_envs, part=(0, 1)):
 
 
 # ================================================================ 2. Networks
-# A player is a dict of tensors with the chains in front. {"logits": (C, S, A)} is a table; anything else is
-# the paper's actor: Linear(S -> 64), ReLU, LSTM(64 -> 64), Linear(64 -> A). With a "log_std" (C, A), which
-# no input changes, the outputs are the means of a Gaussian. The critic has the same trunk and one output.
-# States are S numbers each, or one index of S: then everything before the recurrence is a table of S rows,
-# and a time step is a look-up and one product with W_hh. The recurrence is written out, because the fused
-# ones of torch cannot be differentiated twice, which the outer step does.
+# A network is one flat vector, and C chains are C rows of a matrix: so a gradient step, a clip or an optimiser
+# is a line. A table has logits (S, A). The paper's actor is Linear(S -> 64), ReLU, LSTM(64 -> 64), Linear(64
+# -> A); with a "log_std", which no input changes, its outputs are the means of a Gaussian. The critic has the
+# same trunk. The recurrence is written out: torch's fused ones cannot be differentiated twice.
+class Player(NamedTuple):
+    """One agent's network, a row for each chain."""
+
+    flat: torch.Tensor  # (C, P)
+    shapes: dict  # {name: shape} in the order of the flat vector
+
+    def parts(self):
+        """{name: (C, *shape)}, views."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        parts = zip(self.shapes.items(), self.flat.split(sizes, 1))
+        return {name: x.unflatten(1, shape) for (name, shape), x in parts}
+
+    def constant(self):
+        """The same numbers, cut off from what made them."""
+        return self._replace(flat=self.flat.detach().clone().requires_grad_())
+
+
 def lstm_shapes(states, outputs, gaussian=False):
     """{name: shape}: weights (out, in), gates in the order i, f, g, o."""
     H = 64
-    shapes = {"w1": (H, states), "w_ih": (4 * H, H), "w_hh": (4 * H, H), "w2": (outputs, H)}
-    shapes |= {"b1": (H,), "b_ih": (4 * H,), "b_hh": (4 * H,), "b2": (outputs,)}
+    shapes = {"w1": (H, states), "w_ih": (4 * H, H), "w_hh": (4 * H, H)}
+    shapes |= {"w2": (outputs, H), "b1": (H,), "b_ih": (4 * H,), "b_hh": (4 * H,), "b2": (outputs,)}
     return shapes | ({"log_std": (outputs,)} if gaussian else {})
 
 
-def make_lstm(states, outputs, gaussian=False):
-    """Parameters {name: tensor}: weights Xavier-normal, biases and log_std 0."""
-    p = {name: torch.zeros(shape) for name, shape in lstm_shapes(states, outputs, gaussian).items()}
-    for name in ("w1", "w_ih", "w_hh", "w2"):
-        torch.nn.init.xavier_normal_(p[name])
-    return p
+def networks(args, env):
+    """The shapes of agent i's actor and critic."""
+    S, A = env.obs_dims[0], env.action_dims[0]
+    if args.policy == "table":
+        return {"table": (S, A)}, {"table": (S, 1)}
+    return lstm_shapes(S, A, gaussian=not env.discrete), lstm_shapes(S, 1)
+
+
+def initial(shapes):
+    """(P,): the matrices of an LSTM Xavier-normal, everything else 0."""
+    parts = [torch.zeros(shape) for shape in shapes.values()]
+    for name, x in zip(shapes, parts):
+        if name.startswith("w"):
+            torch.nn.init.xavier_normal_(x)
+    return torch.cat([x.flatten() for x in parts])
 
 
 def look_up(table, state):
@@ -267,19 +290,22 @@ def linear(x, weight, bias):
 def gate_inputs(p, state):
     """What the states (C, T, K[, S]) add to the LSTM's four gates -> (C, T, K, 4H)."""
     bias = p["b_ih"] + p["b_hh"]
-    if not state.is_floating_point():  # a one-hot state picks a column of w1, so S rows are enough
-        x = F.relu(p["w1"].mT + p["b1"][:, None])
+    if not state.is_floating_point():  # an index: a one-hot vector picks a column of w1, so S rows are enough
+        x = F.relu(p["w1"].mT + p["b1"][:, None])  # (C, S, H)
         return look_up(linear(x, p["w_ih"], bias), state)
-    x = state.flatten(1, 2).to(bias.dtype)
-    x = F.relu(linear(x, p["w1"], p["b1"]))
+    x = state.flatten(1, 2).to(bias.dtype)  # (C, TK, S)
+    x = F.relu(linear(x, p["w1"], p["b1"]))  # (C, TK, H)
     return linear(x, p["w_ih"], bias).unflatten(1, state.shape[1:3])
 
 
-def lstm(p, state, memory=None):
-    """(C, T, K[, S]) states -> outputs (C, T, K, A) and the memory (h, c) after the last, each (C, K, H)."""
+def outputs(player, state, memory=None):
+    """(C, T, K[, S]) states -> (C, T, K, A), and the LSTM's memory (h, c) after the last, each (C, K, H)."""
+    p = player.parts()
+    if "table" in p:
+        return look_up(p["table"], state), None
     steps = gate_inputs(p, state).unbind(1)  # T times (C, K, 4H)
     w_hh, hs = p["w_hh"].mT, []
-    h, c = memory or [torch.zeros_like(steps[0][..., : w_hh.shape[1]])] * 2
+    h, c = memory or [torch.zeros_like(steps[0].chunk(4, -1)[0])] * 2
     for z in steps:
         i, f, g, o = torch.baddbmm(z, h, w_hh).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -289,21 +315,14 @@ def lstm(p, state, memory=None):
     return out.unflatten(1, (len(hs), -1)), (h, c)
 
 
-def policy(p, state, memory=None):
+def policy(player, state, memory=None):
     """pi(.|s) at (C, T, K[, S]) states, a torch distribution, and the memory."""
-    if "logits" in p:
-        return Categorical(logits=look_up(p["logits"], state), validate_args=False), None
-    out, memory = lstm(p, state, memory)
-    if "log_std" not in p:
+    out, memory = outputs(player, state, memory)  # (C, T, K, A)
+    if "log_std" not in player.shapes:
         return Categorical(logits=out, validate_args=False), memory  # [D7]
-    std = p["log_std"].clamp(min=math.log(1e-6)).exp()[:, None, None].expand_as(out)
+    log_std = player.parts()["log_std"].clamp(min=math.log(1e-6))  # (C, A)
+    std = log_std.exp()[:, None, None].expand_as(out)
     return Independent(Normal(out, std, validate_args=False), 1), memory
-
-
-def critic_value(p, state):
-    """v(s_t) at (C, T, K) states, each episode read from its start -> (C, T, K)."""
-    out = look_up(p["values"], state) if "values" in p else lstm(p, state)[0]
-    return out[..., 0]
 
 
 # ================================================================ 3. Rollout
@@ -320,23 +339,26 @@ def rollout(env, players, part=(0, 1)):
     """Play one batch with N players, agent 0 first. part: (rank, world) if other processes play other chains.
     Every process draws for all chains and keeps its own: a chain does not depend on who plays it."""
     rank, world = part
-    C = len(next(iter(players[0].values())))
+    C = len(players[0].flat)
     shape = [env.horizon, world * C, env.num_envs // C, env.num_agents]
     noise = torch.rand(shape) if env.discrete else torch.randn(shape + [env.action_dims[0]])
     noise = noise[:, rank * C : (rank + 1) * C].to(env.device)  # (H, C, K, N[, A])
 
     obs, memory, steps = env.reset(), [None] * env.num_agents, []
     for t in range(env.horizon):
-        state, actions = obs[0].unflatten(0, (C, -1)), []  # (C, K[, S])
+        state = obs[0].unflatten(0, (C, -1))  # (C, K[, S])
+        actions = []  # N times (C, K[, A])
         for a, p in enumerate(players):
             pi, memory[a] = policy(p, state[:, None], memory[a])
             if env.discrete:  # the inverse transform of U(0, 1)
                 below = pi.probs[:, 0].cumsum(-1)[..., :-1]  # (C, K, A-1)
-                actions.append((noise[t, :, :, a, None] > below).sum(-1))
+                action = (noise[t, :, :, a, None] > below).sum(-1)
             else:
-                actions.append(pi.mean[:, 0] + pi.stddev[:, 0] * noise[t, :, :, a])
+                action = pi.mean[:, 0] + pi.stddev[:, 0] * noise[t, :, :, a]
+            actions.append(action)
         obs, reward, *_ = env.step([action.flatten(0, 1) for action in actions])
         steps.append((state, torch.stack(actions, 2), reward.unflatten(0, (C, -1))))
+
     state, action, reward = (torch.stack(x, 1) for x in zip(*steps))
     return Batch(state, action, reward.movedim(-1, 1))
 
@@ -344,7 +366,7 @@ def rollout(env, players, part=(0, 1)):
 # ================================================================ 4. Objectives
 # Pure functions of tensors. Time is dimension -2 and the episode dimension -1 in (..., H, K).
 def decay(x, factor):
-    """Lower triangle (H, H) of factor^(t-u), for x (..., H, K): decay @ x sums the past, decay.mT @ x the future."""
+    """(H, H) of factor^(t-u), t >= u, for x (..., H, K): decay @ x sums the past, decay.mT @ x the future."""
     t = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)
     return (factor ** (t[:, None] - t).clamp(min=0)).tril()
 
@@ -366,12 +388,13 @@ def linear_baseline(state, reward, gamma, ridge=1e-5):
     each chain and agent. state (C, H, K[, S]), reward (C, N, H, K) -> (C, N, H, K), constant for autograd."""
     C, N, H, K = reward.shape
     s = state if state.is_floating_point() else F.one_hot(state)
-    t = torch.arange(H, device=s.device, dtype=torch.float64).view(H, 1, 1) / 100
+    t = torch.arange(H, device=s.device).double()[:, None, None] / 100
     time = t ** torch.arange(4, device=s.device)  # (H, 1, 4)
-    x = torch.cat([s, s**2, time.expand(C, H, K, 4)], -1).flatten(1, 2).double()  # (C, HK, F)
+    x = torch.cat([s, s**2, time.expand(C, H, K, 4)], -1)
+    x = x.flatten(1, 2).double()  # (C, HK, 2S+4)
     target = returns_to_go(reward.double(), gamma).flatten(2).mT  # (C, HK, N) [D1]
-    gram = x.mT @ x + ridge * torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
-    w = torch.linalg.solve(gram, x.mT @ target)
+    eye = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
+    w = torch.linalg.solve(x.mT @ x + ridge * eye, x.mT @ target)
     return (x @ w).mT.reshape(C, N, H, K).to(reward.dtype).detach()
 
 
@@ -404,15 +427,16 @@ def outer_loss(logprob, adv, method):
 
 def exact_value(x, y, reward_table, gamma, horizon):
     """eq. (8): V = sum_{t<H} gamma^t d_t R, where d_{t+1} = d_t P is the distribution of joint actions.
-    x, y (C, S, A) logits of player 0 and 1, reward_table (S, 2) -> V (C, 2), discounted visits (C, S-1)."""
-    joint = (x.softmax(-1)[..., :, None] * y.softmax(-1)[..., None, :]).flatten(2)  # (C, S, AA): next state
+    x, y (C, S, A) logits of player 0 and 1, reward_table (S, 2) -> V (C, 2)."""
+    joint = x.softmax(-1)[..., :, None] * y.softmax(-1)[..., None, :]  # (C, S, A, A)
+    joint = joint.flatten(2)  # (C, S, AA): the next state is 1 + the joint action
     start, P = joint[:, :1], joint[:, 1:] * gamma
     # the upper right block of [[P, I], [0, I]]^H is I + P + ... + P^(H-1)
-    eye, n = torch.eye(P.shape[-1], device=P.device, dtype=P.dtype).expand_as(P), P.shape[-1]
-    block = torch.cat([torch.cat([P, eye], -1), torch.cat([0 * P, eye], -1)], -2)
-    total = torch.linalg.matrix_power(block, horizon)[:, :n, n:]
-    visits = (start @ total)[:, 0]
-    return visits @ reward_table[1:].to(visits.dtype), visits
+    n = P.shape[-1]
+    eye = torch.eye(n, device=P.device, dtype=P.dtype).expand_as(P)
+    rows = torch.cat([P, eye], -1), torch.cat([0 * P, eye], -1)
+    total = torch.linalg.matrix_power(torch.cat(rows, -2), horizon)[:, :n, n:]
+    return (start @ total)[:, 0] @ reward_table[1:].to(x.dtype)
 
 
 # ================================================================ 5. Update
@@ -432,12 +456,11 @@ class Plan(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """What came out of C chains; the rewards as the environment gives them, mean over a batch's steps."""
+    """What came out of C chains."""
 
-    loss: torch.Tensor  # (C,) of the actor and the step sizes
+    loss: torch.Tensor  # (C,) of the actor and the step sizes, eq. (5)
     critic_loss: torch.Tensor  # (C,)
-    reward: torch.Tensor  # (C, L+1, N)
-    share: torch.Tensor  # (C, L+1, 2, A) of each action in those of agent i and its first peer; none: A = 0
+    reward: torch.Tensor  # (C, L+1, N) as the environment gives it, mean over the steps of a batch
 
 
 def chain_plan(args, progress):
@@ -447,7 +470,7 @@ def chain_plan(args, progress):
     if args.method == "lola-dice":  # [D6] the return after steps of the peers alone
         return Plan(args.look_ahead, args.look_ahead, False)
     grown = max(n for share, n in GROWTH if progress >= share)
-    return Plan(min(args.chain_length, grown) if args.grow_chains else args.chain_length, 1, True)
+    return Plan(min(args.chain_length, grown if args.grow_chains else math.inf), 1, True)
 
 
 def log_probs(players, batch):
@@ -461,14 +484,11 @@ def ascend(players, objective, lrs, create_graph):
     lrs[a]: (C,), a number, or None for an agent that stands still."""
     new = list(players)
     for a, lr in enumerate(lrs):
-        if lr is None:
-            continue
-        own, values = objective[:, a].sum(), [*players[a].values()]
-        gradients = torch.autograd.grad(own, values, retain_graph=True, create_graph=create_graph)
-        new[a] = {}
-        for (name, value), g in zip(players[a].items(), gradients):
-            rate = lr.view(-1, *[1] * (g.dim() - 1)) if torch.is_tensor(lr) else lr
-            new[a][name] = value + g * rate
+        if lr is not None:
+            own, x = objective[:, a].sum(), players[a].flat
+            gradient, = torch.autograd.grad(own, x, retain_graph=True, create_graph=create_graph)
+            rate = lr[:, None] if torch.is_tensor(lr) else lr
+            new[a] = players[a]._replace(flat=x + gradient * rate)
     return new
 
 
@@ -489,58 +509,43 @@ def clip(gradients, max_norm):
     return gradients * (max_norm / (norm + 1e-6)).clamp(max=1)[:, None], norm
 
 
-def split(flat, shapes):
-    """(C, P) -> {name: (C, *shape)}, views."""
-    parts = flat.split([math.prod(shape) for shape in shapes.values()], 1)
-    return {name: x.unflatten(1, shape) for (name, shape), x in zip(shapes.items(), parts)}
-
-
 def link(players, max_norm):
     """The same players. But the gradient that comes back through all of them together is clipped, chain by
     chain: so a product of many Hessians does not choose the direction. [D4]"""
-    tensors = {(a, name): x for a, p in enumerate(players) for name, x in p.items()}
-    flat = torch.cat([x.flatten(1) for x in tensors.values()], 1)  # (C, P)
 
     def on_the_way_back(gradient):
         return clip(gradient, max_norm)[0]
 
+    flat = torch.cat([p.flat for p in players], 1)
     flat.register_hook(on_the_way_back)
-    parts = split(flat, {key: x.shape[1:] for key, x in tensors.items()})
-    return [{name: parts[a, name] for name in p} for a, p in enumerate(players)]
+    parts = flat.split([p.flat.shape[1] for p in players], 1)
+    return [p._replace(flat=x) for p, x in zip(players, parts)]
 
 
 def fit_opponent(model, batch, agent):
     """eq. (9): a table fitted to the actions of one agent: their frequencies in each state, with the `model`
-    {"logits": (C, S, A)} so far as one more visit. The new values replace the old; the derivative by phi_0
-    that the model carries from its last step stays."""
-    _, S, A = model["logits"].shape
+    so far as one more visit. The new values replace the old; the derivative by phi_0 that the model carries
+    from its last step stays."""
+    S, A = model.shapes["table"]
     state = F.one_hot(batch.state, S).flatten(1, 2).float()  # (C, HK, S)
     action = F.one_hot(batch.action[..., agent], A).flatten(1, 2).float()
-    fitted = (state.mT @ action + model["logits"].softmax(-1)).log()
-    return {"logits": model["logits"] + (fitted - model["logits"]).detach()}
-
-
-def constants(p, *copies):
-    """Leaves to differentiate by, cut off from what made them: {name: (*copies, ...)}."""
-    return {k: v.expand(*copies, *v.shape).detach().clone().requires_grad_() for k, v in p.items()}
+    fitted = (state.mT @ action + model.parts()["table"].softmax(-1)).log().flatten(1)  # (C, SA)
+    return model._replace(flat=model.flat + (fitted - model.flat).detach())
 
 
 def peers_of(tasks, env):
     """(C, N-1, S, A) logits, or (C, N-1, P) weights of Gaussian LSTMs -> N-1 players."""
-    if env.discrete:
-        return [constants({"logits": logits}) for logits in tasks.unbind(1)]
-    shapes = lstm_shapes(env.obs_dims[0], env.action_dims[0], gaussian=True)
-    return [constants(split(weights, shapes)) for weights in tasks.unbind(1)]
+    S, A = env.obs_dims[0], env.action_dims[0]
+    shapes = {"table": (S, A)} if env.discrete else lstm_shapes(S, A, gaussian=True)
+    return [Player(weights, shapes).constant() for weights in tasks.flatten(2).unbind(1)]
 
 
 def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
     """eqs. (1)-(5) for each row of `tasks`. When not training, no derivative passes from batch to batch."""
-    players, rewards, shares, loss, critic_loss = [actor, *peers_of(tasks, env)], [], [], 0.0, 0.0
+    players, rewards, loss, critic_loss = [actor, *peers_of(tasks, env)], [], 0.0, 0.0
     models = peers_of(torch.zeros_like(tasks), env) if args.opponent_model and training else []
     for l in range(plan.length + 1):
         batch = rollout(env, players, part)
-        action, A = batch.action[:, :, :, :2], env.action_dims[0] if env.discrete else 0
-        shares.append(F.one_hot(action, A).float().mean((1, 2)) if A else torch.zeros(len(tasks), 2, 0))
         rewards.append(batch.reward.mean((2, 3)))
 
         # who is differentiated: a model, if there is one, in place of the peer whose actions it imitates
@@ -550,7 +555,7 @@ def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), train
 
         # score the batch, and train the critic: one for all l
         if training and l >= plan.first:
-            reward, value = batch.reward[:, 0] * args.reward_scale, critic_value(critic, batch.state)
+            reward, value = batch.reward[:, 0] * args.reward_scale, outputs(critic, batch.state)[0][..., 0]
             adv = gae(reward, value.detach(), args.gamma, args.gae_lambda)
             loss = loss + outer_loss(logprob, adv, args.method)
             critic_loss = critic_loss + ((value - returns_to_go(reward, args.gamma)) ** 2).mean((1, 2))
@@ -562,39 +567,35 @@ def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), train
         if l < plan.length:
             lrs = [eta[:, l] if plan.learns else None] + [args.peer_lr] * tasks.shape[1]
             new = inner_update(seen, logprob, batch, lrs, args, training)
-            new = link(new, args.link_clip) if training else [constants(p) for p in new]
+            new = link(new, args.link_clip) if training else [p.constant() for p in new]
             if models:
                 own = [None, *lrs[1:]]
                 real = inner_update(players, log_probs(players, batch), batch, own, args, training=False)
-                models, new[1:] = new[1:], [constants(p) for p in real[1:]]
+                models, new[1:] = new[1:], [p.constant() for p in real[1:]]
             players = new
-    loss, critic_loss = (x / (plan.length + 1) for x in (loss, critic_loss))
-    return Chain(loss, critic_loss, torch.stack(rewards, 1), torch.stack(shares, 1))
+    return Chain(loss / (plan.length + 1), critic_loss / (plan.length + 1), torch.stack(rewards, 1))
 
 
 def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
     """The same with expected updates: tables, eqs. (3) and (8); nothing is sampled and no critic needed."""
-    players, rewards, shares, loss = [actor, *peers_of(tasks, env)], [], [], 0.0
+    players, rewards, loss = [actor, *peers_of(tasks, env)], [], 0.0
     for l in range(plan.length + 1):
-        x, y = (p["logits"] for p in players)
-        value, _ = exact_value(x, y, env.reward_table, args.gamma, args.horizon)  # (C, 2)
-        total, visits = exact_value(x, y, env.reward_table, 1.0, args.horizon)
-        joint = visits.detach().unflatten(1, env.action_dims) / args.horizon  # (C, A, A)
-        shares.append(torch.stack([joint.sum(2), joint.sum(1)], 1))
+        x, y = (p.parts()["table"] for p in players)
+        value = exact_value(x, y, env.reward_table, args.gamma, args.horizon)  # (C, 2)
+        total = exact_value(x, y, env.reward_table, 1.0, args.horizon)
         rewards.append(total.detach() / args.horizon)
         if l >= plan.first and args.method == "no-own-learning":  # [D6] phi^i_l is held, phi^-i_l is not
-            held, _ = exact_value(x.detach(), y, env.reward_table, args.gamma, args.horizon)
-            loss = loss - held[:, 0]
+            loss = loss - exact_value(x.detach(), y, env.reward_table, args.gamma, args.horizon)[:, 0]
         elif l >= plan.first:
             loss = loss - value[:, 0]
 
         # one step of both; in a test, and for the peer in Meta-PG, how it came about is forgotten
         if l < plan.length:
             players = ascend(players, value, [eta[:, l] if plan.learns else None, args.peer_lr], training)
-            players[0] = players[0] if training else constants(players[0])
-            players[1] = players[1] if training and args.method != "meta-pg" else constants(players[1])
+            forget = [not training, not training or args.method == "meta-pg"]
+            players = [p.constant() if cut else p for p, cut in zip(players, forget)]
     loss = loss / (plan.length + 1)
-    return Chain(loss, torch.zeros_like(loss), torch.stack(rewards, 1), torch.stack(shares, 1))
+    return Chain(loss, torch.zeros_like(loss), torch.stack(rewards, 1))
 
 
 def pcgrad(gradients, order):
@@ -607,16 +608,16 @@ def pcgrad(gradients, order):
     return out
 
 
-def amsgrad(moments, gradient, lr, eps=1e-3):
-    """eq. (7): Adam with the running maximum of v, and eps = 1e-3 inside the bias correction, as in the
-    authors' code: torch.optim.Adam(amsgrad=True, eps=1e-3) begins with steps up to four times larger.
-    moments {"k", "m", "v", "v_max"} change in place. gradient (P,) of a loss -> (P,) change of parameters."""
-    moments["k"] += 1
-    moments["m"] = 0.9 * moments["m"] + 0.1 * gradient
-    moments["v"] = 0.999 * moments["v"] + 0.001 * gradient**2
-    moments["v_max"] = torch.maximum(moments["v_max"], moments["v"])
-    rate = lr * math.sqrt(1 - 0.999 ** moments["k"]) / (1 - 0.9 ** moments["k"])
-    return -rate * moments["m"] / (moments["v_max"].sqrt() + eps)
+def amsgrad(moments, gradient, lr, k, eps=1e-3):
+    """eq. (7): the k-th step, k = 1, 2, ..: (P,) gradient of a loss -> (P,) change. Adam with the running
+    maximum of v, and eps = 1e-3 inside the bias correction, as in the authors' code: torch.optim.Adam(
+    amsgrad=True, eps=1e-3) begins with steps up to four times larger. moments (3, P) change in place."""
+    m, v, v_max = moments  # views
+    m += 0.1 * (gradient - m)
+    v += 0.001 * (gradient**2 - v)
+    torch.maximum(v_max, v, out=v_max)
+    rate = lr * math.sqrt(1 - 0.999**k) / (1 - 0.9**k)
+    return -rate * m / (v_max.sqrt() + eps)
 
 
 def gather(x):
@@ -628,40 +629,40 @@ def gather(x):
     return torch.cat(parts).to(x.device)
 
 
-def outer_update(env, params, moments, args, progress):
-    """One outer iteration, the algorithm box; params {"actor", "critic", "step_sizes": {name: tensor}} change
-    in place. Returns {tag: value} and the mean reward per step of each agent along the chain, (L+1, N)."""
+def outer_update(env, params, moments, args, iteration, progress):
+    """One outer iteration, the algorithm box; params {"actor", "critic", "step_sizes": (P,)} change in place.
+    Returns {tag: value} and the mean reward per step of each agent along the chain, (L+1, N)."""
     # every process draws for all chains and keeps its own
-    C, plan = args.num_chains // WORLD, chain_plan(args, progress)
+    C = args.num_chains // WORLD
     tasks = env.sample_tasks(args.num_chains)[RANK * C : (RANK + 1) * C]
     order = torch.rand(args.num_chains, args.num_chains, device=env.device).argsort(1)
-    actor, critic, step_sizes = (constants(params[group], C) for group in ("actor", "critic", "step_sizes"))
-    eta = step_sizes["eta"]  # (C, L)
 
-    # play, learn, play again
+    # play, learn, play again; each chain with a copy of everything that is learned
+    copies = {group: x.expand(C, -1).clone().requires_grad_() for group, x in params.items()}
+    actor, critic = (Player(copies[k], net) for k, net in zip(("actor", "critic"), networks(args, env)))
     run_chain = exact_chain if args.gradient == "exact" else sampled_chain
-    chain = run_chain(env, actor, eta, critic, tasks, plan, args, (RANK, WORLD))
+    plan = chain_plan(args, progress)
+    chain = run_chain(env, actor, copies["step_sizes"], critic, tasks, plan, args, (RANK, WORLD))
 
     # each chain's gradient, in one backward pass for actor and step sizes and another for the critic
-    leaves = [*actor.values(), eta]
-    both = torch.autograd.grad(chain.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
-    gradients = {"actor": both[:-1], "step_sizes": both[-1:]}
+    own = [copies["actor"], copies["step_sizes"]]
+    own = torch.autograd.grad(chain.loss.sum(), own, allow_unused=True, materialize_grads=True)
+    gradients = dict(zip(("actor", "step_sizes"), own))
     if args.gradient == "sampled":
-        gradients["critic"] = torch.autograd.grad(chain.critic_loss.sum(), [*critic.values()])
+        gradients["critic"], = torch.autograd.grad(chain.critic_loss.sum(), copies["critic"])
 
     # eqs. (6) and (7), group by group
     logs, falling = {}, 1 - progress if args.anneal_lr else 1  # [D4]
     for group, g in gradients.items():
-        g = gather(torch.cat([x.flatten(1) for x in g], 1))  # (all C, P)
-        g, norm = clip(g, args.max_grad_norm)
+        g, norm = clip(gather(g), args.max_grad_norm)  # (all C, P)
         g = pcgrad(g, order) if args.pcgrad else g
         lr = args.critic_lr if group == "critic" else args.outer_lr
-        x = [*params[group].values()]
-        vector_to_parameters(parameters_to_vector(x) + amsgrad(moments[group], g.mean(0), lr * falling), x)
+        params[group] += amsgrad(moments[group], g.mean(0), lr * falling, iteration + 1)
         logs["grad/norm_outer" if group == "actor" else f"grad/norm_{group}"] = norm.mean()
-    loss, critic_loss, reward, _ = chain
-    mean = gather(torch.cat([loss[:, None], critic_loss[:, None], reward.flatten(1)], 1).detach()).mean(0)
-    return logs | {"losses/actor": mean[0], "losses/critic": mean[1]}, mean[2:].view(-1, env.num_agents)
+
+    # means over all chains
+    loss, critic_loss, reward = (gather(x.detach()).mean(0) for x in chain)
+    return logs | {"losses/actor": loss, "losses/critic": critic_loss}, reward
 
 
 # ================================================================ 6. Evaluation
@@ -674,15 +675,12 @@ def score(reward, args):
 
 
 def adapt(env, params, tasks, args):
-    """The Chain of each of n tasks."""
-    actor, eta = constants(params["actor"], len(tasks)), params["step_sizes"]["eta"].expand(len(tasks), -1)
-    run_chain, plan = exact_chain if args.gradient == "exact" else sampled_chain, Plan(args.chain_length, 1, True)
-    return run_chain(env, actor, eta, None, tasks, plan, args, training=False)
-
-
-def interval(x):
-    """Half width of the 95 % interval of the mean over dimension 0."""
-    return 1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))
+    """Scores of all agents along the chains of n tasks, (n, L+1, N)."""
+    actor = Player(params["actor"].expand(len(tasks), -1), networks(args, env)[0]).constant()
+    eta = params["step_sizes"].expand(len(tasks), -1)
+    run_chain = exact_chain if args.gradient == "exact" else sampled_chain
+    plan = Plan(args.chain_length, 1, True)
+    return score(run_chain(env, actor, eta, None, tasks, plan, args, training=False).reward, args)
 
 
 def evaluate(args, params, split):
@@ -692,38 +690,36 @@ def evaluate(args, params, split):
     with torch.random.fork_rng():
         torch.manual_seed((args.seed + 10_000) % 2**64)
         for name, tasks in make_env(args, 1).tasks_by_class(split).items():
-            chain = adapt(make_env(args, len(tasks) * episodes), params, tasks, args)
-            reward = score(chain.reward[..., 0], args)  # (n, L+1)
-            every.append(reward)
-            columns = {"return": reward.mean(0), "ci95": interval(reward)}
-            for i, agent in enumerate(("self", "peer")):
-                columns |= {f"{agent}_action_{a}": p for a, p in enumerate(chain.share.mean(0)[:, i].unbind(-1))}
-            for tag, column in columns.items():
-                flat |= {f"eval/{name}/{tag}_{l}": x for l, x in enumerate(column.tolist())}
-            flat[f"eval/{name}/sum_after_phi_0"] = reward[:, 1:].sum(1).mean().item()
+            own, peer, *_ = adapt(make_env(args, len(tasks) * episodes), params, tasks, args).unbind(2)
+            every.append(own)  # (n, L+1)
+            for l in range(args.chain_length + 1):
+                flat[f"eval/{name}/return_{l}"] = own[:, l].mean().item()
+                half = 1.96 * own[:, l].std(correction=min(1, len(own) - 1)) / math.sqrt(len(own))
+                flat[f"eval/{name}/return_{l}_ci95"] = half.item()
+                flat[f"eval/{name}/peer_return_{l}"] = peer[:, l].mean().item()
+            flat[f"eval/{name}/sum_after_phi_0"] = own[:, 1:].sum(1).mean().item()
     every = torch.cat(every)
     flat |= {f"eval/return_{l}": x for l, x in enumerate(every.mean(0).tolist())}
     return flat | {"eval/sum_after_phi_0": every[:, 1:].sum(1).mean().item()}
 
 
 def table(flat, args):
-    """The adaptation table of an evaluation: what agent i gets after 0..L updates, and what both sides play."""
-    actions = {"ipd": {1: "C"}, "half_cheetah_dir": {}}.get(args.env, {0: "rock", 1: "paper", 2: "scissors"})
-    what, form = ("reward per step", "+.3f") if actions else ("return of an episode", "+.1f")
+    """The adaptation table of an evaluation: what agent i and its first peer get after 0..L updates."""
+    what, form = "reward per step", "<+9.3f"
+    if args.env == "half_cheetah_dir":
+        what, form = "return of an episode", "<+9.1f"
 
-    def row(title, tag, form):
-        values = [flat[f"eval/{tag}_{l}"] for l in range(args.chain_length + 1)]
-        return f"{title:22s}" + "".join(f"{x:<9{form}}" for x in values)
+    def row(title, name, tag, form):
+        values = [flat[f"eval/{name}/{tag.format(l)}"] for l in range(args.chain_length + 1)]
+        return f"{title:22s}" + "".join(f"{x:{form}}" for x in values)
 
     lines = [f"{args.env}: {what} of agent i against held-out personas, ± 95 % interval"]
     lines.append(" " * 22 + "".join(f"phi_{l}    " for l in range(args.chain_length + 1)) + "sum from phi_1")
     for name in (tag.split("/")[1] for tag in flat if tag.endswith("/return_0") and tag.count("/") == 2):
-        total = flat[f"eval/{name}/sum_after_phi_0"]
-        lines.append(row(f"{name} peer", f"{name}/return", form) + f"{total:+.2f}")
-        lines.append(row("  ±", f"{name}/ci95", form[1:]))
-        for a, action in actions.items():
-            for agent in ("self", "peer"):
-                lines.append(row(f"  P({action}) {agent}", f"{name}/{agent}_action_{a}", ".2f"))
+        total = f"{flat[f'eval/{name}/sum_after_phi_0']:+.2f}"
+        lines.append(row(f"{name} peer", name, "return_{}", form) + total)
+        lines.append(row("  ±", name, "return_{}_ci95", form.replace("+", "")))
+        lines.append(row("  what the peer gets", name, "peer_return_{}", form))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -830,23 +826,16 @@ class Run:
 
 # ================================================================ 8. Train
 def build(args, env):
-    """Parameters and the moments of AMSGrad, in the three groups that are clipped and stepped separately."""
-    S, A = env.obs_dims[0], env.action_dims[0]
-    if args.policy == "table":
-        actor, critic = {"logits": torch.zeros(S, A)}, {"values": torch.zeros(S, 1)}
-    else:
-        actor, critic = make_lstm(S, A, gaussian=not env.discrete), make_lstm(S, 1)
-    eta, zero = torch.full((args.chain_length,), args.inner_lr), torch.zeros((), device=args.device)
-    params = copy_of({"actor": actor, "critic": critic, "step_sizes": {"eta": eta}}, args.device)
-    moments = {group: {"k": 0, "m": zero, "v": zero, "v_max": zero} for group in params}
+    """What is learned and the moments of AMSGrad, in the groups that are clipped and stepped separately."""
+    actor, critic = (initial(shapes) for shapes in networks(args, env))
+    params = {"actor": actor, "critic": critic, "step_sizes": torch.full((args.chain_length,), args.inner_lr)}
+    params = copies(params, args.device)
+    moments = {group: torch.zeros(3, x.numel(), device=args.device) for group, x in params.items()}
     return params, moments
 
 
-def copy_of(tensors, device):
-    """Nested dicts of tensors, copied."""
-    if isinstance(tensors, dict):
-        return {k: copy_of(v, device) for k, v in tensors.items()}
-    return tensors.to(device, copy=True) if torch.is_tensor(tensors) else tensors
+def copies(tensors, device):
+    return {group: x.to(device, copy=True) for group, x in tensors.items()}
 
 
 def report(args, params, folder, step):
@@ -872,10 +861,10 @@ def train(args):
     episodes = 1 if args.gradient == "exact" else args.num_episodes
     env = make_env(args, args.num_chains // WORLD * episodes, (RANK, WORLD))
     params, moments = build(args, env)
-    state, iteration, step, best, best_score = None, 0, 0, copy_of(params, args.device), -math.inf
+    state, iteration, step, best, best_score = None, 0, 0, copies(params, args.device), -math.inf
     if path := args.resume or args.evaluate:
         state = load(path)
-        params, moments, best = (copy_of(state[k], args.device) for k in ("params", "moments", "best"))
+        params, moments, best = (copies(state[name], args.device) for name in ("params", "moments", "best"))
         iteration, step, best_score = state["iteration"], state["step"], state["best_score"]
     if args.evaluate:
         report(args, best, state["folder"], step)
@@ -887,7 +876,7 @@ def train(args):
     with Run(args, state) as run:
         stop = False
         while not stop:
-            logs, reward = outer_update(env, params, moments, args, step / args.total_steps)
+            logs, reward = outer_update(env, params, moments, args, iteration, step / args.total_steps)
             iteration += 1
             step += len(reward) * args.num_chains * episodes * args.horizon
 
@@ -904,7 +893,7 @@ def train(args):
             if milestone:
                 logs |= evaluate(args, params, "val")
                 if logs["eval/sum_after_phi_0"] > best_score:
-                    best, best_score = copy_of(params, args.device), logs["eval/sum_after_phi_0"]
+                    best, best_score = copies(params, args.device), logs["eval/sum_after_phi_0"]
             text = f"reward {score(reward[0, 0], args):+.3f} -> {score(reward[-1, 0], args):+.3f}"
             run.log(logs, step, f"{text}, best validation sum {best_score:+.2f}", milestone)
             if stop or iteration % args.save_every == 0:
