@@ -8,44 +8,37 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
              the steps, J = E_{peers ~ p} sum_{l=1..L} V^i(phi_l), phi = (phi^i, phi^-i).
   Algorithm  for each outer iteration: draw C personas as peers; for each of C Markov chains, side by side:
                for l = 0 .. L:
-                 tau_l ~ phi_l: K episodes of H steps                                      -> rollout()
-                 b^a: linear feature baseline, fitted to the batch                    (1)  -> linear_baseline()
+                 tau_l ~ phi_l: K episodes of H steps                                 -> rollout()
+                 b^a: linear feature baseline, fitted to the batch               (1)  -> linear_baseline()
                  O^a = mean_k sum_t gamma^t [box(w_t) - box(w_t - s_t)] (R^a_t - b^a_t),
-                       w_t = lambda w_{t-1} + s_t, s_t = sum of log pi(a_t|s_t)       (2)  -> dice_objective()
-                 phi^a_{l+1} = phi^a_l + lr^a_l dO^a/dphi^a, for every agent a        (3)  -> ascend()
-               A_l: generalised advantages of tau_l                                   (4)  -> gae()
-               loss = -sum_l mean_k sum_t A_l (own learning + peer learning)          (5)  -> outer_loss()
-             clip each chain's gradient, remove conflicts between chains (PCGrad)     (6)  -> pcgrad()
-             phi^i_0, eta, critic: one AMSGrad step                                   (7)  -> amsgrad()
-             Tables in a two-player game: V itself has a closed form                  (8)  -> exact_value()
-             Opponent modelling: peers' parameters from their actions alone           (9)  -> fit_opponent()
-  Symbols    phi^i_0  actor  {name: (C, ...)}    tau_l  Batch  (C, H, K[, N])    lr^i_l  step_sizes  (C, L)
-             phi_l    players, N such dicts      s_t    nodes  (C, N, H, K)      r       reward   (C, N, H, K)
+                       w_t = lambda w_{t-1} + s_t, s_t = sum of log pi(a_t|s_t)  (2)  -> dice_objective()
+                 phi^a_{l+1} = phi^a_l + lr^a_l dO^a/dphi^a, for every agent a   (3)  -> ascend()
+               A_l: generalised advantages of tau_l                              (4)  -> gae()
+               loss = -sum_l mean_k sum_t A_l (own learning + peer learning)     (5)  -> outer_loss()
+             clip each chain's gradient, remove conflicts between chains         (6)  -> pcgrad()
+             phi^i_0, eta, critic: one AMSGrad step                              (7)  -> amsgrad()
+             Tables in a two-player game: V itself has a closed form             (8)  -> exact_value()
+             Opponent modelling: peers' policies from their actions alone        (9)  -> fit_opponent()
+  Symbols    phi^i_0  actor (P,)   phi_l  N Players (C, P)   s_t  nodes (C, N, H, K)   lr^i_l  eta (C, L)
              C chains, L updates, K episodes, H steps, N agents, S states (or numbers that describe one),
-             A actions. box(z) = exp(z - stop_gradient(z)): value 1, derivative that of z.
-  Departures [D1] Eq. (1) pairs each time step with its own target. The authors' code pairs time-major features
-                  with batch-major targets, at a third more noise. Solved in float64; o and o^2 of one-hot o
-                  are one feature, times sqrt(2).
-             [D2] Eq. (2) is Loaded DiCE (Farquhar et al., arXiv:1909.10549), the authors' is DiCE: the same
-                  value and first derivative, a less noisy second one. lambda < 1 forgets old steps, a bias.
-             [D3] Eq. (5) keeps the terms that carry signal in expectation, those of tau_l itself. The
-                  authors' sum also pairs (t, k) of different batches.
+             A actions, P parameters. box(z) = exp(z - stop_gradient(z)): value 1, derivative that of z.
+  Departures [D1] In (1) the authors' code pairs time-major features with batch-major targets: more noise.
+             [D2] Eq. (2) is Loaded DiCE (Farquhar et al., arXiv:1909.10549), theirs DiCE: a second
+                  derivative with less noise. lambda < 1 forgets old steps, a bias.
+             [D3] Eq. (5) keeps the terms with signal in expectation, those of tau_l. Their sum has more.
              [D4] LSTMs: gradients are clipped at each link of the chain (20) and chain by chain at 300, not
                   10; chains grow (L = 1, 3, 7); step sizes fall to 0. benchmark/README.md has the effects.
-             [D5] C chains make one synchronous step; the authors' five processes make five asynchronous ones.
-                  So step sizes are about sqrt(C) times theirs, and PCGrad acts among the C chains.
-             [D6] LOLA-DiCE, REINFORCE, "no own learning" and opponent modelling were never released. Ours:
-                  LOLA scores the return after look_ahead steps of the peers alone, REINFORCE that of phi_0,
-                  "no own learning" drops log pi^i(tau_l), opponents are fitted by maximum likelihood.
-             [D7] RPS has H = 50, as in the authors' code (paper: 150). log-softmax, where they clamp. The
-                  peers of half_cheetah_dir are ours (benchmark/make_peers.py): theirs are lost.
+             [D5] C chains make one synchronous step, so step sizes are about sqrt(C) times theirs.
+             [D6] Never released, so ours: LOLA-DiCE (the return after look_ahead steps of the peers alone),
+                  REINFORCE (that of phi_0), "no own learning" (no log pi^i in (5)), opponent modelling.
+             [D7] RPS has H = 50, as in their code (paper: 150). Logits, where they clamp probabilities. The
+                  peers of half_cheetah_dir are from benchmark/make_peers.py: theirs are lost.
   Run        python meta_mapg.py --env ipd                    # 15 s: sums of about 7 and 4
              python meta_mapg.py --env ipd --method meta-pg   # 15 s: about -1 and -3, no peer learning
              python meta_mapg.py --env rps                    # 1 min: about 1.4
              python meta_mapg.py --env ipd --policy lstm      # the paper's networks, 45 min
-             python meta_mapg.py --env rps --policy lstm      # the same, 45 min
              python meta_mapg.py --env half_cheetah_dir       # 15 min
-             torchrun --nproc-per-node 2 meta_mapg.py --env ipd --policy lstm   # chains shared out
+             torchrun --nproc-per-node 2 meta_mapg.py --env rps --policy lstm   # chains shared out
              python meta_mapg.py --evaluate runs/x/checkpoint.pt                # the table of a finished run
 """
 
@@ -63,7 +56,6 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Annotated, Literal, NamedTuple, Optional
 
-import envs
 import torch
 import torch.nn.functional as F
 import tyro
@@ -71,6 +63,7 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tyro.constructors import PrimitiveConstructorSpec
 
+import envs
 
 # ================================================================ 0. Arguments
 SCRIPT = Path(globals().get("__file__", "notebook.py")).stem
@@ -97,11 +90,12 @@ def within(kind, low, high=math.inf):
 
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
+Method = Literal["meta-mapg", "meta-pg", "no-own-learning", "lola-dice", "reinforce"]
 
 
 @dataclass
 class Args:
-    """Defaults: tables in the prisoner's dilemma, exact gradient. presets below have everything else's."""
+    """Defaults: tables in the prisoner's dilemma, exact gradient. PRESETS have everything else's."""
 
     # --- run: the same in all six scripts
     env: str = "ipd"  # ipd, rps, rps3, rps4, half_cheetah_dir, or your own: see make_env()
@@ -118,8 +112,7 @@ class Args:
     capture_video: bool = False  # with --evaluate in half_cheetah_dir: write play.gif
     track: bool = False  # log to Weights & Biases too
     # --- algorithm
-    method: Literal["meta-mapg", "meta-pg", "no-own-learning", "lola-dice", "reinforce"] = "meta-mapg"
-    # ^ meta-pg: without peer learning. All methods adapt by eq. (3) when tested
+    method: Method = "meta-mapg"  # meta-pg: no peer learning. When tested all adapt by eq. (3)
     look_ahead: Count = 1  # steps of the peers that lola-dice looks ahead; the paper tries 1, 3, 5
     opponent_model: bool = False  # Meta-MAPG-OM: peers are known by their actions alone, eq. (9)
     policy: Literal["table", "lstm"] = "table"  # agent i: logits of each state, or the paper's LSTM
@@ -140,29 +133,25 @@ class Args:
     ent_coef: Size = 0.0  # weight of the entropy of phi_0, whose own return is not scored
     link_clip: Size = math.inf  # largest norm of a gradient between two updates of a chain [D4]
     max_grad_norm: Size = 10.0  # largest norm of a chain's gradient by actor, step sizes, critic, eq. (6)
-    pcgrad: bool = True  # project away conflicts between the chains' gradients, eq. (6)
     reward_scale: Size = 1.0  # what agents see of a reward; tables and logs show the reward itself
-    personas: Optional[str] = None  # .npz with arrays <class>_<split> (n, S, A) of log-probabilities, or peers
-    persona_seed: within(int, 0) = 0  # of the population, the same for all run seeds
+    personas: Optional[str] = None  # .npz: <class>_<split> (n, S, A) log-probabilities, or peers
     ood: bool = False  # hold out the most extreme personas for the test instead of random ones
 
 
 SAMPLED = dict(gradient="sampled", total_steps=92_160_000)
 RPS = SAMPLED | dict(horizon=50, gamma=0.9)  # [D7]
-PRESETS = {  # what differs from the defaults in each environment ...
-    "ipd": {},
-    "rps": RPS,
-    "rps3": RPS,
-    "rps4": RPS,
-    "half_cheetah_dir": dict(
-        policy="lstm", gradient="sampled", horizon=200, gamma=0.95, chain_length=2, inner_lr=0.005,
-        peer_lr=0.005, outer_lr=1e-3, critic_lr=1e-3, num_chains=1, total_steps=15_000_000, eval_every=100,
-        save_every=5, reward_scale=0.01)}
-LSTM = dict(policy="lstm", gradient="sampled", num_chains=8, dice_lambda=0.9, link_clip=20.0, max_grad_norm=300.0,
-            grow_chains=True, anneal_lr=True, eval_every=20, save_every=5, critic_lr=1.4e-3)  # [D2] [D4]
-LSTM_PRESETS = {  # ... and, with --policy lstm, in games
-    "ipd": LSTM | dict(inner_lr=0.1, outer_lr=8.5e-4, ent_coef=0.5, total_steps=100_000_000),
-    "rps": RPS | LSTM | dict(inner_lr=0.01, outer_lr=2.8e-4, total_steps=100_000_000)}
+CHEETAH = dict(
+    policy="lstm", gradient="sampled", horizon=200, gamma=0.95, chain_length=2, num_chains=1,
+    inner_lr=0.005, peer_lr=0.005, outer_lr=1e-3, critic_lr=1e-3, reward_scale=0.01,
+    total_steps=15_000_000, eval_every=100)
+PRESETS = {"ipd": {}, "rps": RPS, "rps3": RPS, "rps4": RPS, "half_cheetah_dir": CHEETAH}  # what differs ...
+LSTM = dict(
+    policy="lstm", gradient="sampled", num_chains=8, critic_lr=1.4e-3, total_steps=100_000_000,
+    dice_lambda=0.9, link_clip=20.0, max_grad_norm=300.0, grow_chains=True, anneal_lr=True,  # [D2] [D4]
+    eval_every=20, save_every=5)
+LSTM_PRESETS = {  # ... and with --policy lstm in games
+    "ipd": LSTM | dict(inner_lr=0.1, outer_lr=8.5e-4, ent_coef=0.5),
+    "rps": RPS | LSTM | dict(inner_lr=0.01, outer_lr=2.8e-4)}
 
 
 def preset(args):
@@ -208,44 +197,42 @@ def parse():
 
 # ================================================================ 1. Environment
 def make_env(args, num_envs, part=(0, 1)):
-    # The contract (envs/__init__.py). All agents observe the same. Bring your own game by returning an object
-    # with these members:
-    #   num_envs B, horizon, num_agents N, obs_dims, action_dims (equal for all agents), discrete, device
-    #   reset() -> obs, step(action) -> obs, reward (B, N), terminated, truncated, info; episodes last H steps
-    #   sample_tasks(n) -> (n, N-1, S, A) logits of the peers, and tasks_by_class(split) -> {class: such tasks}
-    #   for the splits "val" and "test". In a discrete game obs[i] (B,) long is the state's index, action[i]
-    #   (B,) long; else obs[i] (B, S), action[i] (B, A) and tasks (n, N-1, P), the weights of lstm_shapes().
+    # The contract (envs/__init__.py). All agents observe the same. Bring your own game with these members:
+    #   num_envs B, horizon, num_agents N, obs_dims, action_dims (all agents' alike), discrete, device
+    #   reset() -> obs (B,) long, the state's index;  step(action (B,) long) -> obs, reward (B, N), ...
+    #   sample_tasks(n) -> (n, N-1, S, A) logits of the peers; tasks_by_class("val", "test") -> {class: tasks}
+    # or, not discrete, obs (B, S), action (B, A) and tasks (n, N-1, P), the weights of lstm_shapes().
     try:
         if args.env == "half_cheetah_dir":
             env = envs.make("half_cheetah_peers", num_envs, horizon=args.horizon, device=args.device,
                             peers=args.personas)
         else:
             env = envs.make(args.env, num_envs, horizon=args.horizon, device=args.device, index_obs=True,
-                            personas=args.personas, persona_seed=args.persona_seed, ood=args.ood)
+                            personas=args.personas, ood=args.ood)
     except (ValueError, TypeError) as error:
         fail(error)
-    if not hasattr(env, "tasks_by_class") or len({*env.obs_dims}) > 1 or len({*env.action_dims}) > 1:
-        fail(f"{args.env} cannot be played: it needs peers as tasks and agents with equal spaces")
+    if not hasattr(env, "tasks_by_class"):
+        fail(f"{args.env} has no peers as tasks")
     return env
 
 
 # ================================================================ 2. Networks
-# A network is one flat vector, and C chains are C rows of a matrix: so a gradient step, a clip or an optimiser
-# is a line. A table has logits (S, A). The paper's actor is Linear(S -> 64), ReLU, LSTM(64 -> 64), Linear(64
-# -> A); with a "log_std", which no input changes, its outputs are the means of a Gaussian. The critic has the
-# same trunk. The recurrence is written out: torch's fused ones cannot be differentiated twice.
+# A network is one flat vector, and C chains are C rows of a matrix: so a gradient step, a clip or an
+# optimiser is a line. A table has logits (S, A). The paper's actor is Linear(S -> 64), ReLU, LSTM, Linear(64
+# -> A); with a "log_std", which no input changes, its outputs are a Gaussian's means. The critic has the same
+# trunk. The recurrence is written out: torch's fused ones cannot be differentiated twice.
 class Player(NamedTuple):
     """One agent's network, a row for each chain."""
 
     flat: torch.Tensor  # (C, P)
     shapes: dict  # {name: shape} in the order of the flat vector
-
     def parts(self):
         """{name: (C, *shape)}, views."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
-        parts = zip(self.shapes.items(), self.flat.split(sizes, 1))
-        return {name: x.unflatten(1, shape) for (name, shape), x in parts}
-
+        parts = {}
+        for (name, shape), x in zip(self.shapes.items(), self.flat.split(sizes, 1)):
+            parts[name] = x.unflatten(1, shape)
+        return parts
     def constant(self):
         """The same numbers, cut off from what made them."""
         return self._replace(flat=self.flat.detach().clone().requires_grad_())
@@ -254,9 +241,13 @@ class Player(NamedTuple):
 def lstm_shapes(states, outputs, gaussian=False):
     """{name: shape}: weights (out, in), gates in the order i, f, g, o."""
     H = 64
-    shapes = {"w1": (H, states), "w_ih": (4 * H, H), "w_hh": (4 * H, H)}
-    shapes |= {"w2": (outputs, H), "b1": (H,), "b_ih": (4 * H,), "b_hh": (4 * H,), "b2": (outputs,)}
-    return shapes | ({"log_std": (outputs,)} if gaussian else {})
+    shapes = {"w1": (H, states), "w_ih": (4 * H, H)}
+    shapes |= {"w_hh": (4 * H, H), "w2": (outputs, H)}
+    shapes |= {"b1": (H,), "b_ih": (4 * H,)}
+    shapes |= {"b_hh": (4 * H,), "b2": (outputs,)}
+    if gaussian:
+        shapes["log_std"] = (outputs,)
+    return shapes
 
 
 def networks(args, env):
@@ -269,17 +260,20 @@ def networks(args, env):
 
 def initial(shapes):
     """(P,): the matrices of an LSTM Xavier-normal, everything else 0."""
-    parts = [torch.zeros(shape) for shape in shapes.values()]
-    for name, x in zip(shapes, parts):
+    parts = []
+    for name, shape in shapes.items():
+        x = torch.zeros(shape)
         if name.startswith("w"):
             torch.nn.init.xavier_normal_(x)
-    return torch.cat([x.flatten() for x in parts])
+        parts.append(x.flatten())
+    return torch.cat(parts)
 
 
 def look_up(table, state):
     """(C, S, X) rows at (C, T, K) states -> (C, T, K, X)."""
-    index = state.flatten(1)[..., None].expand(-1, -1, table.shape[-1])
-    return table.gather(1, index).unflatten(1, state.shape[1:])
+    index = state.flatten(1)[..., None]  # (C, TK, 1)
+    rows = table.gather(1, index.expand(-1, -1, table.shape[-1]))
+    return rows.unflatten(1, state.shape[1:])
 
 
 def linear(x, weight, bias):
@@ -300,16 +294,19 @@ def gate_inputs(p, state):
 
 def outputs(player, state, memory=None):
     """(C, T, K[, S]) states -> (C, T, K, A), and the LSTM's memory (h, c) after the last, each (C, K, H)."""
-    p = player.parts()
+    p, hs = player.parts(), []
     if "table" in p:
         return look_up(p["table"], state), None
     steps = gate_inputs(p, state).unbind(1)  # T times (C, K, 4H)
-    w_hh, hs = p["w_hh"].mT, []
-    h, c = memory or [torch.zeros_like(steps[0].chunk(4, -1)[0])] * 2
+    w_hh = p["w_hh"].mT  # (C, H, 4H)
+    zero = torch.zeros_like(steps[0].chunk(4, -1)[0])
+    h, c = memory or (zero, zero)
     for z in steps:
-        i, f, g, o = torch.baddbmm(z, h, w_hh).chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
+        z = torch.baddbmm(z, h, w_hh)
+        i, f, g, o = z.chunk(4, -1)  # each (C, K, H)
+        i, f, o = i.sigmoid(), f.sigmoid(), o.sigmoid()
+        c = f * c + i * torch.tanh(g)
+        h = o * torch.tanh(c)
         hs.append(h)
     out = linear(torch.cat(hs, 1), p["w2"], p["b2"])  # (C, TK, A)
     return out.unflatten(1, (len(hs), -1)), (h, c)
@@ -321,13 +318,12 @@ def policy(player, state, memory=None):
     if "log_std" not in player.shapes:
         return Categorical(logits=out, validate_args=False), memory  # [D7]
     log_std = player.parts()["log_std"].clamp(min=math.log(1e-6))  # (C, A)
-    std = log_std.exp()[:, None, None].expand_as(out)
+    std = log_std.exp()[:, None, None]  # the same in every state
     return Independent(Normal(out, std, validate_args=False), 1), memory
 
 
 # ================================================================ 3. Rollout
-# All C chains and K episodes are played as one batch of B = C K games. Nobody learns during a batch, so no
-# graph is recorded here: section 5 recomputes the log-probabilities from (state, action) to differentiate.
+# All C chains and K episodes are one batch of games. No graph is recorded: section 5 recomputes log pi.
 class Batch(NamedTuple):
     state: torch.Tensor  # (C, H, K[, S]) what all agents saw
     action: torch.Tensor  # (C, H, K, N[, A])
@@ -336,29 +332,30 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def rollout(env, players, part=(0, 1)):
-    """Play one batch with N players, agent 0 first. part: (rank, world) if other processes play other chains.
-    Every process draws for all chains and keeps its own: a chain does not depend on who plays it."""
+    """Play one batch. Every process, part = (rank, world), draws for all chains and keeps its own."""
     rank, world = part
     C = len(players[0].flat)
     shape = [env.horizon, world * C, env.num_envs // C, env.num_agents]
-    noise = torch.rand(shape) if env.discrete else torch.randn(shape + [env.action_dims[0]])
-    noise = noise[:, rank * C : (rank + 1) * C].to(env.device)  # (H, C, K, N[, A])
-
+    if env.discrete:
+        noise = torch.rand(shape)
+    else:
+        noise = torch.randn(shape + [env.action_dims[0]])
+    noise = noise.to(env.device)[:, rank * C : (rank + 1) * C]  # (H, C, K, N[, A])
     obs, memory, steps = env.reset(), [None] * env.num_agents, []
     for t in range(env.horizon):
         state = obs[0].unflatten(0, (C, -1))  # (C, K[, S])
         actions = []  # N times (C, K[, A])
         for a, p in enumerate(players):
             pi, memory[a] = policy(p, state[:, None], memory[a])
+            u = noise[t, :, :, a]  # (C, K[, A])
             if env.discrete:  # the inverse transform of U(0, 1)
-                below = pi.probs[:, 0].cumsum(-1)[..., :-1]  # (C, K, A-1)
-                action = (noise[t, :, :, a, None] > below).sum(-1)
+                below = pi.probs[:, 0].cumsum(-1)  # (C, K, A)
+                action = (u[..., None] > below[..., :-1]).sum(-1)
             else:
-                action = pi.mean[:, 0] + pi.stddev[:, 0] * noise[t, :, :, a]
+                action = pi.mean[:, 0] + pi.stddev[:, 0] * u
             actions.append(action)
         obs, reward, *_ = env.step([action.flatten(0, 1) for action in actions])
         steps.append((state, torch.stack(actions, 2), reward.unflatten(0, (C, -1))))
-
     state, action, reward = (torch.stack(x, 1) for x in zip(*steps))
     return Batch(state, action, reward.movedim(-1, 1))
 
@@ -379,8 +376,10 @@ def returns_to_go(reward, gamma):
 def gae(reward, value, gamma, gae_lambda):
     """eq. (4): A_t = sum_u (gamma lambda)^u delta_{t+u}, delta_t = r_t + gamma v_{t+1} - v_t, and v_H = 0."""
     assert reward.shape == value.shape
-    next_value = torch.cat([value[..., 1:, :], torch.zeros_like(value[..., :1, :])], -2)
-    return returns_to_go(reward + gamma * next_value - value, gamma * gae_lambda)
+    end = torch.zeros_like(value[..., :1, :])
+    next_value = torch.cat([value[..., 1:, :], end], -2)
+    delta = reward + gamma * next_value - value
+    return returns_to_go(delta, gamma * gae_lambda)
 
 
 def linear_baseline(state, reward, gamma, ridge=1e-5):
@@ -388,30 +387,28 @@ def linear_baseline(state, reward, gamma, ridge=1e-5):
     each chain and agent. state (C, H, K[, S]), reward (C, N, H, K) -> (C, N, H, K), constant for autograd."""
     C, N, H, K = reward.shape
     s = state if state.is_floating_point() else F.one_hot(state)
-    t = torch.arange(H, device=s.device).double()[:, None, None] / 100
-    time = t ** torch.arange(4, device=s.device)  # (H, 1, 4)
+    t = torch.arange(H, device=s.device).double() / 100
+    time = t[:, None, None] ** torch.arange(4, device=s.device)  # (H, 1, 4)
     x = torch.cat([s, s**2, time.expand(C, H, K, 4)], -1)
     x = x.flatten(1, 2).double()  # (C, HK, 2S+4)
-    target = returns_to_go(reward.double(), gamma).flatten(2).mT  # (C, HK, N) [D1]
-    eye = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
-    w = torch.linalg.solve(x.mT @ x + ridge * eye, x.mT @ target)
-    return (x @ w).mT.reshape(C, N, H, K).to(reward.dtype).detach()
-
-
-def box(z):
-    """DiCE's magic box: value 1, derivative that of z."""
-    return torch.exp(z - z.detach())
+    ret = returns_to_go(reward.double(), gamma)
+    target = ret.flatten(2).mT  # (C, HK, N) [D1]
+    eye = torch.eye(x.shape[-1]).to(x)
+    w = torch.linalg.solve(x.mT @ x + ridge * eye, x.mT @ target)  # (C, 2S+4, N)
+    fitted = (x @ w).mT.reshape(C, N, H, K)
+    return fitted.to(reward.dtype).detach()
 
 
 def dice_objective(nodes, reward, baseline, gamma, dice_lambda=1.0):
-    """eq. (2), for each chain and agent: all (C, N, H, K) -> (C, N). `nodes` are the log-probabilities
-    through which the samples depend on parameters: the own ones, or those of all agents, which lets our
-    policy shape their step. Its value is 0, its first derivative the policy gradient. [D2]"""
+    """eq. (2), all (C, N, H, K) -> (C, N). `nodes`: the log-probabilities through which samples depend on
+    parameters, own ones or those of all agents. Its value is 0, its derivative the policy gradient. [D2]"""
     assert nodes.shape == reward.shape == baseline.shape
     w = decay(nodes, dice_lambda) @ nodes
     adv = returns_to_go(reward, gamma) - baseline
     discount = decay(nodes, gamma)[:, :1]  # (H, 1): gamma^t
-    return (discount * (box(w) - box(w - nodes)) * adv).sum(-2).mean(-1)
+    boxes = [torch.exp(z - z.detach()) for z in (w, w - nodes)]
+    gain = discount * (boxes[0] - boxes[1]) * adv
+    return gain.sum(-2).mean(-1)
 
 
 def outer_loss(logprob, adv, method):
@@ -428,67 +425,60 @@ def outer_loss(logprob, adv, method):
 def exact_value(x, y, reward_table, gamma, horizon):
     """eq. (8): V = sum_{t<H} gamma^t d_t R, where d_{t+1} = d_t P is the distribution of joint actions.
     x, y (C, S, A) logits of player 0 and 1, reward_table (S, 2) -> V (C, 2)."""
-    joint = x.softmax(-1)[..., :, None] * y.softmax(-1)[..., None, :]  # (C, S, A, A)
+    p, q = x.softmax(-1), y.softmax(-1)
+    joint = p[..., :, None] * q[..., None, :]  # (C, S, A, A)
     joint = joint.flatten(2)  # (C, S, AA): the next state is 1 + the joint action
     start, P = joint[:, :1], joint[:, 1:] * gamma
     # the upper right block of [[P, I], [0, I]]^H is I + P + ... + P^(H-1)
     n = P.shape[-1]
-    eye = torch.eye(n, device=P.device, dtype=P.dtype).expand_as(P)
-    rows = torch.cat([P, eye], -1), torch.cat([0 * P, eye], -1)
-    total = torch.linalg.matrix_power(torch.cat(rows, -2), horizon)[:, :n, n:]
-    return (start @ total)[:, 0] @ reward_table[1:].to(x.dtype)
+    eye = torch.eye(n).to(P).expand_as(P)
+    upper = torch.cat([P, eye], -1)
+    lower = torch.cat([0 * P, eye], -1)
+    power = torch.linalg.matrix_power(torch.cat([upper, lower], -2), horizon)
+    visits = (start @ power[:, :n, n:])[:, 0]  # (C, AA), discounted
+    return visits @ reward_table[1:].to(x.dtype)
 
 
 # ================================================================ 5. Update
-# A chain is L steps of inner_update. create_graph keeps every step differentiable, so that one backward pass
-# walks the whole chain: eq. (5) sees phi_l as a function of phi_0. Each chain has copies of phi_0 and eta of
-# its own; hence the gradient of the sum over chains comes out chain by chain, as clipping and PCGrad need it.
+# create_graph keeps every inner update differentiable: one backward pass walks the whole chain. Each chain
+# has its own copies of phi_0 and eta, so that gradients come out chain by chain, as eq. (6) needs them.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: 0, 1 without
-GROWTH = ((0.0, 1), (0.4, 3), (0.75, math.inf))  # share of total_steps from which on chains have so many updates
-
-
-class Plan(NamedTuple):
-    """The course of a chain in training."""
-
-    length: int  # updates
-    first: int  # l of the first batch whose return is scored; all later ones are, too
-    learns: bool  # whether agent i updates its policy along the chain; the peers always do
+GROWTH = ((0.0, 1), (0.4, 3), (0.75, math.inf))  # from this share of all steps on so many updates [D4]
 
 
 class Chain(NamedTuple):
     """What came out of C chains."""
-
-    loss: torch.Tensor  # (C,) of the actor and the step sizes, eq. (5)
+    loss: torch.Tensor  # (C,) of actor and step sizes, eq. (5)
     critic_loss: torch.Tensor  # (C,)
     reward: torch.Tensor  # (C, L+1, N) as the environment gives it, mean over the steps of a batch
 
 
 def chain_plan(args, progress):
-    """The plan of args.method after a share `progress` of all steps."""
+    """-> the updates in a chain, the first l that is scored, and whether agent i learns. Peers always do."""
     if args.method == "reinforce":  # [D6] the return of phi_0
-        return Plan(0, 0, False)
+        return 0, 0, False
     if args.method == "lola-dice":  # [D6] the return after steps of the peers alone
-        return Plan(args.look_ahead, args.look_ahead, False)
+        return args.look_ahead, args.look_ahead, False
     grown = max(n for share, n in GROWTH if progress >= share)
-    return Plan(min(args.chain_length, grown if args.grow_chains else math.inf), 1, True)
+    return min(args.chain_length, grown if args.grow_chains else math.inf), 1, True
 
 
 def log_probs(players, batch):
     """log pi^a of the actions that were taken, (C, N, H, K)."""
-    pairs = zip(players, batch.action.unbind(3))
-    return torch.stack([policy(p, batch.state)[0].log_prob(action) for p, action in pairs], 1)
+    out = []
+    for p, action in zip(players, batch.action.unbind(3)):
+        pi, _ = policy(p, batch.state)
+        out.append(pi.log_prob(action))  # (C, H, K)
+    return torch.stack(out, 1)
 
 
 def ascend(players, objective, lrs, create_graph):
-    """eq. (3): phi^a + lr^a dO^a/dphi^a for objective (C, N): each agent follows its own column and no other.
-    lrs[a]: (C,), a number, or None for an agent that stands still."""
-    new = list(players)
-    for a, lr in enumerate(lrs):
-        if lr is not None:
-            own, x = objective[:, a].sum(), players[a].flat
-            gradient, = torch.autograd.grad(own, x, retain_graph=True, create_graph=create_graph)
-            rate = lr[:, None] if torch.is_tensor(lr) else lr
-            new[a] = players[a]._replace(flat=x + gradient * rate)
+    """eq. (3): each agent follows its own column of objective (C, N). lrs[a]: (C, 1), or a number."""
+    new = []
+    for p, own, lr in zip(players, objective.unbind(1), lrs):
+        gradient, = torch.autograd.grad(own.sum(), p.flat, retain_graph=True,
+                                        create_graph=create_graph)  # (C, P)
+        new.append(p._replace(flat=p.flat + gradient * lr))
     return new
 
 
@@ -496,8 +486,9 @@ def inner_update(players, logprob, batch, lrs, args, training):
     """eqs. (1)-(3): one policy-gradient step of every agent on one batch, whose log_probs are given. In
     training all agents' are nodes: this changes derivatives, not the step. Meta-PG goes without."""
     reward = batch.reward * args.reward_scale  # (C, N, H, K)
-    shaping = training and args.method != "meta-pg"
-    nodes = logprob.sum(1, keepdim=True).expand_as(logprob) if shaping else logprob
+    nodes = logprob
+    if training and args.method != "meta-pg":
+        nodes = logprob.sum(1, keepdim=True).expand_as(logprob)
     baseline = linear_baseline(batch.state, reward, args.gamma)
     objective = dice_objective(nodes, reward, baseline, args.gamma, args.dice_lambda)
     return ascend(players, objective, lrs, create_graph=training)
@@ -506,118 +497,128 @@ def inner_update(players, logprob, batch, lrs, args, training):
 def clip(gradients, max_norm):
     """(C, P) gradients, each chain scaled down to norm max_norm; and the norms before, (C,)."""
     norm = gradients.norm(dim=1)
-    return gradients * (max_norm / (norm + 1e-6)).clamp(max=1)[:, None], norm
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    return gradients * scale[:, None], norm
 
 
 def link(players, max_norm):
     """The same players. But the gradient that comes back through all of them together is clipped, chain by
     chain: so a product of many Hessians does not choose the direction. [D4]"""
-
     def on_the_way_back(gradient):
         return clip(gradient, max_norm)[0]
-
-    flat = torch.cat([p.flat for p in players], 1)
+    flat = torch.cat([p.flat for p in players], 1)  # (C, all P)
     flat.register_hook(on_the_way_back)
     parts = flat.split([p.flat.shape[1] for p in players], 1)
     return [p._replace(flat=x) for p, x in zip(players, parts)]
 
 
 def fit_opponent(model, batch, agent):
-    """eq. (9): a table fitted to the actions of one agent: their frequencies in each state, with the `model`
-    so far as one more visit. The new values replace the old; the derivative by phi_0 that the model carries
-    from its last step stays."""
+    """eq. (9): the frequencies of one agent's actions; the `model` counts as one more visit of each state.
+    New values replace the old ones; the derivative by phi_0 from the model's last step stays."""
     S, A = model.shapes["table"]
-    state = F.one_hot(batch.state, S).flatten(1, 2).float()  # (C, HK, S)
-    action = F.one_hot(batch.action[..., agent], A).flatten(1, 2).float()
-    fitted = (state.mT @ action + model.parts()["table"].softmax(-1)).log().flatten(1)  # (C, SA)
+    state = F.one_hot(batch.state, S).flatten(1, 2)  # (C, HK, S)
+    action = F.one_hot(batch.action[..., agent], A).flatten(1, 2)
+    counts = state.mT.float() @ action.float()  # (C, S, A)
+    fitted = (counts + model.parts()["table"].softmax(-1)).log().flatten(1)
     return model._replace(flat=model.flat + (fitted - model.flat).detach())
 
 
 def peers_of(tasks, env):
     """(C, N-1, S, A) logits, or (C, N-1, P) weights of Gaussian LSTMs -> N-1 players."""
     S, A = env.obs_dims[0], env.action_dims[0]
-    shapes = {"table": (S, A)} if env.discrete else lstm_shapes(S, A, gaussian=True)
-    return [Player(weights, shapes).constant() for weights in tasks.flatten(2).unbind(1)]
+    shapes = {"table": (S, A)}
+    if not env.discrete:
+        shapes = lstm_shapes(S, A, gaussian=True)
+    tasks = tasks.flatten(2)  # (C, N-1, P)
+    return [Player(weights, shapes).constant() for weights in tasks.unbind(1)]
 
 
-def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
+def sampled_chain(env, actor, eta, critic, tasks, plan, args,
+                  part=(0, 1), training=True):
     """eqs. (1)-(5) for each row of `tasks`. When not training, no derivative passes from batch to batch."""
-    players, rewards, loss, critic_loss = [actor, *peers_of(tasks, env)], [], 0.0, 0.0
+    (length, first, learns), loss, critic_loss = plan, 0.0, 0.0
+    players, rewards = [actor, *peers_of(tasks, env)], []
     models = peers_of(torch.zeros_like(tasks), env) if args.opponent_model and training else []
-    for l in range(plan.length + 1):
+    for l in range(length + 1):
         batch = rollout(env, players, part)
         rewards.append(batch.reward.mean((2, 3)))
-
         # who is differentiated: a model, if there is one, in place of the peer whose actions it imitates
         models = [fit_opponent(model, batch, 1 + j) for j, model in enumerate(models)]
         seen = [players[0], *models] if models else players
         logprob = log_probs(seen, batch)
-
         # score the batch, and train the critic: one for all l
-        if training and l >= plan.first:
-            reward, value = batch.reward[:, 0] * args.reward_scale, outputs(critic, batch.state)[0][..., 0]
+        if training and l >= first:
+            reward = batch.reward[:, 0] * args.reward_scale  # (C, H, K)
+            value = outputs(critic, batch.state)[0][..., 0]
             adv = gae(reward, value.detach(), args.gamma, args.gae_lambda)
             loss = loss + outer_loss(logprob, adv, args.method)
-            critic_loss = critic_loss + ((value - returns_to_go(reward, args.gamma)) ** 2).mean((1, 2))
-        elif training and l == 0 and args.ent_coef:
+            error = value - returns_to_go(reward, args.gamma)
+            critic_loss = critic_loss + (error**2).mean((1, 2))
+        elif training and l == 0:
             entropy = policy(actor, batch.state)[0].entropy()
             loss = loss - args.ent_coef * entropy.sum(1).mean(-1)
-
         # every agent learns from it; peers who are only modelled take a step of their own
-        if l < plan.length:
-            lrs = [eta[:, l] if plan.learns else None] + [args.peer_lr] * tasks.shape[1]
+        if l < length:
+            lrs = [args.peer_lr] * env.num_agents
+            lrs[0] = eta[:, [l]] if learns else 0.0
             new = inner_update(seen, logprob, batch, lrs, args, training)
             new = link(new, args.link_clip) if training else [p.constant() for p in new]
             if models:
-                own = [None, *lrs[1:]]
-                real = inner_update(players, log_probs(players, batch), batch, own, args, training=False)
-                models, new[1:] = new[1:], [p.constant() for p in real[1:]]
+                models, logprob = new[1:], log_probs(players, batch)
+                real = inner_update(players, logprob, batch, lrs, args, training=False)
+                new[1:] = [p.constant() for p in real[1:]]
             players = new
-    return Chain(loss / (plan.length + 1), critic_loss / (plan.length + 1), torch.stack(rewards, 1))
+    return Chain(loss / (length + 1), critic_loss / (length + 1), torch.stack(rewards, 1))
 
 
-def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
+def exact_chain(env, actor, eta, critic, tasks, plan, args,
+                part=(0, 1), training=True):
     """The same with expected updates: tables, eqs. (3) and (8); nothing is sampled and no critic needed."""
-    players, rewards, loss = [actor, *peers_of(tasks, env)], [], 0.0
-    for l in range(plan.length + 1):
+    (length, first, learns), loss = plan, 0.0
+    players, rewards = [actor, *peers_of(tasks, env)], []
+    for l in range(length + 1):
         x, y = (p.parts()["table"] for p in players)
-        value = exact_value(x, y, env.reward_table, args.gamma, args.horizon)  # (C, 2)
-        total = exact_value(x, y, env.reward_table, 1.0, args.horizon)
-        rewards.append(total.detach() / args.horizon)
-        if l >= plan.first and args.method == "no-own-learning":  # [D6] phi^i_l is held, phi^-i_l is not
-            loss = loss - exact_value(x.detach(), y, env.reward_table, args.gamma, args.horizon)[:, 0]
-        elif l >= plan.first:
-            loss = loss - value[:, 0]
-
+        pay, H = env.reward_table, args.horizon
+        value = exact_value(x, y, pay, args.gamma, H)  # (C, 2)
+        rewards.append(exact_value(x, y, pay, 1.0, H).detach() / H)
+        if l >= first:
+            held = x.detach() if args.method == "no-own-learning" else x  # [D6]
+            loss = loss - exact_value(held, y, pay, args.gamma, H)[:, 0]
         # one step of both; in a test, and for the peer in Meta-PG, how it came about is forgotten
-        if l < plan.length:
-            players = ascend(players, value, [eta[:, l] if plan.learns else None, args.peer_lr], training)
-            forget = [not training, not training or args.method == "meta-pg"]
-            players = [p.constant() if cut else p for p, cut in zip(players, forget)]
-    loss = loss / (plan.length + 1)
+        if l < length:
+            lrs = [eta[:, [l]] if learns else 0.0, args.peer_lr]
+            players = ascend(players, value, lrs, training)
+            if not training:
+                players[0] = players[0].constant()
+            if not training or args.method == "meta-pg":
+                players[1] = players[1].constant()
+    loss = loss / (length + 1)
     return Chain(loss, torch.zeros_like(loss), torch.stack(rewards, 1))
+
+
+CHAINS = {"exact": exact_chain, "sampled": sampled_chain}
 
 
 def pcgrad(gradients, order):
     """eq. (6): each chain's gradient loses its component against any other chain it conflicts with, in random
-    order (Yu et al., arXiv:2001.06782). gradients (C, P), order (C, C): a permutation a row. -> (C, P)."""
+    order (Yu et al., arXiv:2001.06782). gradients (C, P), order (C, C): a permutation a row -> (C, P)."""
     out = gradients
     for others in order.T:  # its own turn changes nothing: <g, g> >= 0
         g = gradients[others]
-        out = out - ((out * g).sum(1) / ((g * g).sum(1) + 1e-8)).clamp(max=0)[:, None] * g
+        share = (out * g).sum(1) / ((g * g).sum(1) + 1e-8)  # (C,), negative in a conflict
+        out = out - share.clamp(max=0)[:, None] * g
     return out
 
 
 def amsgrad(moments, gradient, lr, k, eps=1e-3):
-    """eq. (7): the k-th step, k = 1, 2, ..: (P,) gradient of a loss -> (P,) change. Adam with the running
-    maximum of v, and eps = 1e-3 inside the bias correction, as in the authors' code: torch.optim.Adam(
-    amsgrad=True, eps=1e-3) begins with steps up to four times larger. moments (3, P) change in place."""
-    m, v, v_max = moments  # views
+    """eq. (7): (P,) gradient -> (P,) change in step k = 1, 2, .. eps is inside the bias correction, as in the
+    authors' code: torch.optim.Adam(amsgrad=True) begins with steps up to four times larger."""
+    m, v, v_max = moments  # (3, P), rows that change in place
     m += 0.1 * (gradient - m)
     v += 0.001 * (gradient**2 - v)
     torch.maximum(v_max, v, out=v_max)
-    rate = lr * math.sqrt(1 - 0.999**k) / (1 - 0.9**k)
-    return -rate * m / (v_max.sqrt() + eps)
+    lr = lr * math.sqrt(1 - 0.999**k) / (1 - 0.9**k)
+    return -lr * m / (v_max.sqrt() + eps)
 
 
 def gather(x):
@@ -635,52 +636,44 @@ def outer_update(env, params, moments, args, iteration, progress):
     # every process draws for all chains and keeps its own
     C = args.num_chains // WORLD
     tasks = env.sample_tasks(args.num_chains)[RANK * C : (RANK + 1) * C]
-    order = torch.rand(args.num_chains, args.num_chains, device=env.device).argsort(1)
-
+    order = torch.rand(args.num_chains, args.num_chains, device=env.device)
+    order = order.argsort(1)
     # play, learn, play again; each chain with a copy of everything that is learned
-    copies = {group: x.expand(C, -1).clone().requires_grad_() for group, x in params.items()}
-    actor, critic = (Player(copies[k], net) for k, net in zip(("actor", "critic"), networks(args, env)))
-    run_chain = exact_chain if args.gradient == "exact" else sampled_chain
+    own = {group: x.expand(C, -1).clone().requires_grad_() for group, x in params.items()}
+    actor_shapes, critic_shapes = networks(args, env)
+    actor, critic = Player(own["actor"], actor_shapes), Player(own["critic"], critic_shapes)
     plan = chain_plan(args, progress)
-    chain = run_chain(env, actor, copies["step_sizes"], critic, tasks, plan, args, (RANK, WORLD))
-
+    chain = CHAINS[args.gradient](env, actor, own["step_sizes"], critic, tasks, plan, args, (RANK, WORLD))
     # each chain's gradient, in one backward pass for actor and step sizes and another for the critic
-    own = [copies["actor"], copies["step_sizes"]]
-    own = torch.autograd.grad(chain.loss.sum(), own, allow_unused=True, materialize_grads=True)
-    gradients = dict(zip(("actor", "step_sizes"), own))
+    leaves = own["actor"], own["step_sizes"]  # the latter is unused where agent i does not learn
+    g = torch.autograd.grad(chain.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+    gradients = {"actor": g[0], "step_sizes": g[1]}
     if args.gradient == "sampled":
-        gradients["critic"], = torch.autograd.grad(chain.critic_loss.sum(), copies["critic"])
-
+        gradients["critic"], = torch.autograd.grad(chain.critic_loss.sum(), own["critic"])
     # eqs. (6) and (7), group by group
-    logs, falling = {}, 1 - progress if args.anneal_lr else 1  # [D4]
+    logs = {}
+    falling = 1 - progress if args.anneal_lr else 1  # [D4]
     for group, g in gradients.items():
         g, norm = clip(gather(g), args.max_grad_norm)  # (all C, P)
-        g = pcgrad(g, order) if args.pcgrad else g
-        lr = args.critic_lr if group == "critic" else args.outer_lr
-        params[group] += amsgrad(moments[group], g.mean(0), lr * falling, iteration + 1)
+        lr = args.outer_lr if group != "critic" else args.critic_lr  # [D5]
+        g = pcgrad(g, order).mean(0)  # (P,)
+        params[group] += amsgrad(moments[group], g, lr * falling, iteration + 1)
         logs["grad/norm_outer" if group == "actor" else f"grad/norm_{group}"] = norm.mean()
-
-    # means over all chains
-    loss, critic_loss, reward = (gather(x.detach()).mean(0) for x in chain)
-    return logs | {"losses/actor": loss, "losses/critic": critic_loss}, reward
+    loss, critic_loss, reward = (gather(x.detach()).mean(0) for x in chain)  # means over all chains
+    logs |= {"losses/actor": loss, "losses/critic": critic_loss}
+    return logs, reward
 
 
 # ================================================================ 6. Evaluation
-# Meta-test: one chain for each held-out persona, every agent learning from its own samples alone, without
-# derivatives through learning. Own games and own random stream: how often one evaluates does not change what
-# is learned.
-def score(reward, args):
-    """What the paper reports for a mean reward per step: the same, in half_cheetah_dir an episode's return."""
-    return reward * args.horizon if args.env == "half_cheetah_dir" else reward
-
-
+# Meta-test: one chain for each held-out persona; every agent learns from its own samples alone. A random
+# stream of its own: how often one evaluates does not change what is learned.
 def adapt(env, params, tasks, args):
-    """Scores of all agents along the chains of n tasks, (n, L+1, N)."""
+    """What the paper reports of n chains, (n, L+1, N): reward per step, for cheetahs an episode's return."""
     actor = Player(params["actor"].expand(len(tasks), -1), networks(args, env)[0]).constant()
     eta = params["step_sizes"].expand(len(tasks), -1)
-    run_chain = exact_chain if args.gradient == "exact" else sampled_chain
-    plan = Plan(args.chain_length, 1, True)
-    return score(run_chain(env, actor, eta, None, tasks, plan, args, training=False).reward, args)
+    plan = args.chain_length, 1, True  # whatever the method was trained for, all adapt
+    chain = CHAINS[args.gradient](env, actor, eta, None, tasks, plan, args, training=False)
+    return chain.reward * (args.horizon if args.env == "half_cheetah_dir" else 1)
 
 
 def evaluate(args, params, split):
@@ -690,36 +683,35 @@ def evaluate(args, params, split):
     with torch.random.fork_rng():
         torch.manual_seed((args.seed + 10_000) % 2**64)
         for name, tasks in make_env(args, 1).tasks_by_class(split).items():
-            own, peer, *_ = adapt(make_env(args, len(tasks) * episodes), params, tasks, args).unbind(2)
-            every.append(own)  # (n, L+1)
-            for l in range(args.chain_length + 1):
-                flat[f"eval/{name}/return_{l}"] = own[:, l].mean().item()
-                half = 1.96 * own[:, l].std(correction=min(1, len(own) - 1)) / math.sqrt(len(own))
-                flat[f"eval/{name}/return_{l}_ci95"] = half.item()
-                flat[f"eval/{name}/peer_return_{l}"] = peer[:, l].mean().item()
+            env = make_env(args, len(tasks) * episodes)
+            own, peer, *_ = adapt(env, params, tasks, args).unbind(2)  # each (n, L+1)
+            error = own.std(0, correction=0) / max(len(own) - 1, 1) ** 0.5
+            flat |= numbered(f"eval/{name}/return_{{}}", own.mean(0))
+            flat |= numbered(f"eval/{name}/return_{{}}_ci95", 1.96 * error)
+            flat |= numbered(f"eval/{name}/peer_return_{{}}", peer.mean(0))
             flat[f"eval/{name}/sum_after_phi_0"] = own[:, 1:].sum(1).mean().item()
-    every = torch.cat(every)
-    flat |= {f"eval/return_{l}": x for l, x in enumerate(every.mean(0).tolist())}
-    return flat | {"eval/sum_after_phi_0": every[:, 1:].sum(1).mean().item()}
+            every.append(own)
+    every = torch.cat(every)  # the personas of all classes
+    flat["eval/sum_after_phi_0"] = every[:, 1:].sum(1).mean().item()
+    return flat | numbered("eval/return_{}", every.mean(0))
+
+
+def numbered(tag, values):
+    """{tag with its number: value}"""
+    return {tag.format(n): value for n, value in enumerate(values.tolist())}
 
 
 def table(flat, args):
     """The adaptation table of an evaluation: what agent i and its first peer get after 0..L updates."""
-    what, form = "reward per step", "<+9.3f"
-    if args.env == "half_cheetah_dir":
-        what, form = "return of an episode", "<+9.1f"
-
-    def row(title, name, tag, form):
-        values = [flat[f"eval/{name}/{tag.format(l)}"] for l in range(args.chain_length + 1)]
-        return f"{title:22s}" + "".join(f"{x:{form}}" for x in values)
-
-    lines = [f"{args.env}: {what} of agent i against held-out personas, ± 95 % interval"]
-    lines.append(" " * 22 + "".join(f"phi_{l}    " for l in range(args.chain_length + 1)) + "sum from phi_1")
-    for name in (tag.split("/")[1] for tag in flat if tag.endswith("/return_0") and tag.count("/") == 2):
-        total = f"{flat[f'eval/{name}/sum_after_phi_0']:+.2f}"
-        lines.append(row(f"{name} peer", name, "return_{}", form) + total)
-        lines.append(row("  ±", name, "return_{}_ci95", form.replace("+", "")))
-        lines.append(row("  what the peer gets", name, "peer_return_{}", form))
+    cheetah, numbers = args.env == "half_cheetah_dir", range(args.chain_length + 1)
+    what, digits = ("return of an episode", 1) if cheetah else ("reward per step", 3)
+    lines = [f"{args.env}: {what} of agent i against held-out personas"]
+    lines.append(" " * 22 + "".join(f"phi_{l}    " for l in numbers) + "sum from phi_1")
+    for name in (tag.split("/")[1] for tag in flat if tag.endswith("peer_return_0")):
+        for title, tag in (f"{name} peer", "return"), ("  what the peer gets", "peer_return"):
+            values = [flat[f"eval/{name}/{tag}_{l}"] for l in numbers]
+            lines.append(f"{title:22s}" + "".join(f"{x:<+9.{digits}f}" for x in values))
+        lines[-2] += f"{flat[f'eval/{name}/sum_after_phi_0']:+.2f}"
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -827,9 +819,9 @@ class Run:
 # ================================================================ 8. Train
 def build(args, env):
     """What is learned and the moments of AMSGrad, in the groups that are clipped and stepped separately."""
-    actor, critic = (initial(shapes) for shapes in networks(args, env))
-    params = {"actor": actor, "critic": critic, "step_sizes": torch.full((args.chain_length,), args.inner_lr)}
-    params = copies(params, args.device)
+    actor, critic = map(initial, networks(args, env))
+    eta = torch.full((args.chain_length,), args.inner_lr)
+    params = copies({"actor": actor, "critic": critic, "step_sizes": eta}, args.device)
     moments = {group: torch.zeros(3, x.numel(), device=args.device) for group, x in params.items()}
     return params, moments
 
@@ -849,7 +841,7 @@ def film(args, params, folder):
     """play.gif: agent i with the first held-out peer under phi_0 and, beside it, phi_L."""
     camera = envs.Camera(make_env(args, args.eval_episodes))
     adapt(camera, params, camera.tasks_by_class("test")["left"][:1], args)
-    print(camera.save(folder / "play.gif", {"phi_0": 0, f"phi_{args.chain_length}": -1}))
+    print(camera.save(folder / "play.gif", {"before": 0, "after": -1}))
 
 
 def train(args):
@@ -858,13 +850,17 @@ def train(args):
     torch.set_num_threads(args.num_threads)
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
-    episodes = 1 if args.gradient == "exact" else args.num_episodes
+    episodes = 1 if args.gradient == "exact" else args.num_episodes  # an expected update plays no games
     env = make_env(args, args.num_chains // WORLD * episodes, (RANK, WORLD))
+    # from the beginning, or from a checkpoint
     params, moments = build(args, env)
-    state, iteration, step, best, best_score = None, 0, 0, copies(params, args.device), -math.inf
+    best, best_score = copies(params, args.device), -math.inf
+    state, iteration, step = None, 0, 0
     if path := args.resume or args.evaluate:
         state = load(path)
-        params, moments, best = (copies(state[name], args.device) for name in ("params", "moments", "best"))
+        params = copies(state["params"], args.device)
+        moments = copies(state["moments"], args.device)
+        best = copies(state["best"], args.device)
         iteration, step, best_score = state["iteration"], state["step"], state["best_score"]
     if args.evaluate:
         report(args, best, state["folder"], step)
@@ -872,29 +868,26 @@ def train(args):
     if RANK:  # computes what the first process does, and keeps nothing
         sys.stdout, args = open(os.devnull, "w"), replace(args, run_dir=tempfile.mkdtemp())
         state = state and state | {"folder": Path(args.run_dir)}
-
     with Run(args, state) as run:
         stop = False
         while not stop:
             logs, reward = outer_update(env, params, moments, args, iteration, step / args.total_steps)
             iteration += 1
             step += len(reward) * args.num_chains * episodes * args.horizon
-
-            # the return of an episode of each agent, mean over the chain; of agent i also along it
-            logs |= {f"adapt/return_{l}": v for l, v in enumerate(score(reward[:, 0], args))}
-            returns = reward.mean(0) * args.horizon  # (N,)
-            logs |= {f"charts/episodic_return/agent_{a}": v for a, v in enumerate(returns)}
-            logs["charts/episodic_return"] = returns[0]
-
+            # returns of an episode: of agent i along the chain, and of each agent, mean over it
+            returns = reward * args.horizon  # (L+1, N)
+            logs |= numbered("adapt/return_{}", returns[:, 0])
+            logs |= numbered("charts/episodic_return/agent_{}", returns.mean(0))
+            logs["charts/episodic_return"] = returns[:, 0].mean()
             # keep the parameters that adapt best to validation personas
             done = step >= args.total_steps
             milestone = done or args.eval_every and iteration % args.eval_every == 0
-            stop = done or bool(gather(torch.tensor([run.interrupted])).any())
+            stop = done or bool(gather(torch.tensor([run.interrupted])).any())  # of any process
             if milestone:
                 logs |= evaluate(args, params, "val")
                 if logs["eval/sum_after_phi_0"] > best_score:
                     best, best_score = copies(params, args.device), logs["eval/sum_after_phi_0"]
-            text = f"reward {score(reward[0, 0], args):+.3f} -> {score(reward[-1, 0], args):+.3f}"
+            text = f"reward {reward[0, 0]:+.3f} -> {reward[-1, 0]:+.3f}"
             run.log(logs, step, f"{text}, best validation sum {best_score:+.2f}", milestone)
             if stop or iteration % args.save_every == 0:
                 run.save(step, params=params, moments=moments, best=best, best_score=best_score,

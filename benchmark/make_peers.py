@@ -5,8 +5,8 @@ recurrent PPO, and the front leg of iteration n becomes peer n.
     python benchmark/make_peers.py peers.npz [--seed 1] [--iterations 500]        # 9 minutes of one core
     python meta_mapg.py --env half_cheetah_dir --personas peers.npz
 
-How the paper's peers were trained is not said; this is ours. The file benchmark/peers/half_cheetah_dir.npz was
-made by the commit before this script, with the same algorithm.
+How the paper's peers were trained is not said; this is ours. benchmark/peers/half_cheetah_dir.npz was made by
+an earlier version of this, with the same algorithm.
 """
 
 import argparse
@@ -46,7 +46,8 @@ class Pair:
         state = batch.state.expand(2, -1, -1, -1)  # (N, H, K, S)
         action, reward = batch.action[0].movedim(2, 0), batch.reward[:, 0] / 100  # (N, H, K, A), (1, H, K)
         with torch.no_grad():
-            old, value = m.policy(self.actors, state)[0].log_prob(action), m.outputs(self.critic, batch.state)[0][..., 0]
+            old = m.policy(self.actors, state)[0].log_prob(action)
+            value = m.outputs(self.critic, batch.state)[0][..., 0]
             adv = m.gae(reward, value, GAMMA, LAMBDA)
             target, adv = adv + value, (adv - adv.mean()) / adv.std()
         for _ in range(EPOCHS):
@@ -54,8 +55,9 @@ class Pair:
             actors, critic = self.actors.constant(), self.critic.constant()
             losses = (ppo_loss(m.policy(actors, state)[0].log_prob(action), old, adv),
                       (m.outputs(critic, batch.state)[0][..., 0] - target).square().mean())
-            for p, q, loss, moments, lr in zip((self.actors, self.critic), (actors, critic), losses, self.moments,
-                                               (ACTOR_LR, CRITIC_LR)):
+            rates = ACTOR_LR, CRITIC_LR
+            groups = zip((self.actors, self.critic), (actors, critic), losses, self.moments, rates)
+            for p, q, loss, moments, lr in groups:
                 gradient, = torch.autograd.grad(loss, q.flat)
                 gradient = m.clip(gradient.flatten()[None], 10.0)[0][0]
                 p.flat.add_(m.amsgrad(moments, gradient, lr, self.k, eps=1e-8).view_as(p.flat))
@@ -63,7 +65,7 @@ class Pair:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=500)

@@ -1,5 +1,5 @@
 """The personas that the authors released, as an .npz for meta_mapg.py --personas.
-    python benchmark/personas_from_pickle.py pretrain_model/IPD-v0 ipd.npz    # the folder of <class>/<split>"""
+    python benchmark/personas_from_pickle.py pretrain_model/IPD-v0 ipd.npz   # <class>/<split> in there"""
 import pickle
 import sys
 from pathlib import Path

@@ -189,10 +189,10 @@ class HopperParam(Drivers):
 
 # ---------------------------------------------------------------- the peers of two_agent_half_cheetah
 # Tasks are peers, as in envs/matrix_games.py: the weights with which the driver of the front leg begins, one
-# flat vector each, of an LSTM with a Gaussian head (lstm_shapes() in meta_mapg.py). The paper's were a download
-# that is gone, and how they were trained is not said. Ours come from benchmark/make_peers.py: peer n is the
-# front leg that played iteration n of a training to the left. Which n are for training, validation and test is
-# the authors' choice.
+# flat vector each, of an LSTM with a Gaussian head (lstm_shapes() in meta_mapg.py). The paper's were a
+# download that is gone, and how they were trained is not said. Ours come from benchmark/make_peers.py: peer n
+# is the front leg that played iteration n of a training to the left. Which n are for training, validation and
+# test is the authors' choice.
 VALIDATION = [3, 9, 38, 53, 57, 88, 104, 122, 146, 150, 166, 167, 190, 196, 205, 210, 221, 230, 233, 246, 259,
               265, 273, 278, 293]
 PEER_SPLITS = {"train": [n for n in range(300) if n not in VALIDATION], "val": VALIDATION,
@@ -229,8 +229,8 @@ class HalfCheetahPeers(TwoAgentHalfCheetah):
 
 
 def write_peers(path, weights, returns):
-    """weights (n, P) int16 in units of GRID, peers KEPT[:n]; returns (iterations,) of their training. Written as
-    differences from one peer to the next, which makes a fifth of them in float16."""
+    """weights (n, P) int16 in units of GRID, peers KEPT[:n]; returns (iterations,) of their training. Written
+    as differences from one peer to the next, which makes a fifth of them in float16."""
     steps = np.diff(weights.numpy(), axis=0, prepend=np.int16(0)).T  # (P, n)
     with open(path, "wb") as file:
         np.savez_compressed(file, steps=np.ascontiguousarray(steps), returns=returns.numpy())
