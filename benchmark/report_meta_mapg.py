@@ -48,10 +48,8 @@ STYLE = {  # a colour (Okabe and Ito, safe for the colour-blind) and a marker fo
 
 # ---------------------------------------------------------------- results
 def method(result):
-    if "no-own-learning" in result.flags:
+    if result.flags.get("method") == "no-own-learning":
         return "no own learning"
-    if "no-peer-learning" in result.flags:
-        return "Meta-PG"
     named = {m.lower(): m for m in METHODS}[result.flags.get("method", "meta-mapg")]
     return named + ("-OM" if "opponent-model" in result.flags else "")
 
@@ -77,7 +75,7 @@ def policy(result):
 
 def others(result):
     """The flags that are not said by world, policy and method."""
-    said = ("policy", "method", "gradient", "no-own-learning", "no-peer-learning", "opponent-model",
+    said = ("policy", "method", "gradient", "opponent-model",
             "pretrain-peers", *(["personas"] if result.flags["env"] == CHEETAH else []))
     return other_flags(result, said)
 
