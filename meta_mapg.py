@@ -26,8 +26,8 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
              [D2] Eq. (2) is Loaded DiCE (Farquhar et al., arXiv:1909.10549), theirs DiCE: a second
                   derivative with less noise. lambda < 1 forgets old steps, a bias.
              [D3] Eq. (5) keeps the terms with signal in expectation, those of tau_l. Their sum has more.
-             [D4] LSTMs: gradients are clipped at each link of the chain (20) and chain by chain at 300, not
-                  10; chains grow (L = 1, 3, 7); step sizes fall to 0. benchmark/README.md has the effects.
+             [D4] LSTMs: gradients are clipped at each link of the chain (20, chosen by one short run of one
+                  seed) and chain by chain at 300, not 10; chains grow (L = 1, 3, 7); step sizes fall to 0.
              [D5] C chains make one synchronous step, so step sizes are about sqrt(C) times theirs.
              [D6] Never released, so ours: LOLA-DiCE (the return after look_ahead steps of the peers alone),
                   REINFORCE (that of phi_0), "no own learning" (no log pi^i in (5)), opponent modelling.
@@ -161,19 +161,6 @@ def preset(args):
     return (SAMPLED if args.gradient == "sampled" else {}) | PRESETS.get(args.env, {})
 
 
-def check(args):
-    """Refuse what no single argument can be blamed for."""
-    cheetah = args.env == "half_cheetah_dir"
-    if args.gradient == "exact" and (args.policy != "table" or args.env != "ipd" or args.opponent_model):
-        fail("--gradient exact needs --env ipd, --policy table and no --opponent-model, which fits samples")
-    if cheetah and (args.policy == "table" or args.opponent_model):
-        fail("half_cheetah_dir is played by LSTMs: no --policy table, no --opponent-model")
-    if args.capture_video and not cheetah:
-        fail("--capture-video films half_cheetah_dir; a game has nothing to see but its table")
-    if args.num_chains % WORLD:
-        fail(f"--num-chains {args.num_chains} does not divide among {WORLD} processes")
-
-
 def parse():
     """Read the command line. What it leaves open comes from the checkpoint if one is given, else from
     preset(args), a dict that replaces some of the defaults."""
@@ -202,18 +189,30 @@ def make_env(args, num_envs, part=(0, 1)):
     #   reset() -> obs (B,) long, the state's index;  step(action (B,) long) -> obs, reward (B, N), ...
     #   sample_tasks(n) -> (n, N-1, S, A) logits of the peers; tasks_by_class("val", "test") -> {class: tasks}
     # or, not discrete, obs (B, S), action (B, A) and tasks (n, N-1, P), the weights of lstm_shapes().
+    common = dict(horizon=args.horizon, device=args.device, threads=args.num_threads, part=part)
     try:
         if args.env == "half_cheetah_dir":
-            env = envs.make("half_cheetah_peers", num_envs, horizon=args.horizon, device=args.device,
-                            peers=args.personas)
-        else:
-            env = envs.make(args.env, num_envs, horizon=args.horizon, device=args.device, index_obs=True,
-                            personas=args.personas, ood=args.ood)
-    except (ValueError, TypeError) as error:
+            return envs.make("half_cheetah_peers", num_envs, peers=args.personas, **common)
+        return envs.make(args.env, num_envs, index_obs=True, personas=args.personas, ood=args.ood, **common)
+    except ValueError as error:
         fail(error)
+
+
+def playable(args, env):
+    """End in one line if these arguments and this env, perhaps one's own, do not fit."""
+    exact, table = args.gradient == "exact", args.policy == "table"
     if not hasattr(env, "tasks_by_class"):
         fail(f"{args.env} has no peers as tasks")
-    return env
+    if len(set(env.obs_dims)) > 1 or len(set(env.action_dims)) > 1:
+        fail(f"{args.env}: all agents must have observations and actions of the same size")
+    if exact and (not table or args.env != "ipd" or args.opponent_model):
+        fail("--gradient exact needs --env ipd, --policy table and no --opponent-model, which fits samples")
+    if not env.discrete and (table or args.opponent_model):
+        fail(f"{args.env} is played by LSTMs: no --policy table, no --opponent-model")
+    if args.capture_video and not hasattr(env, "render"):
+        fail("--capture-video films half_cheetah_dir; a game has nothing to see but its table")
+    if args.num_chains % WORLD:
+        fail(f"--num-chains {args.num_chains} does not divide among {WORLD} processes")
 
 
 # ================================================================ 2. Networks
@@ -241,10 +240,11 @@ class Player(NamedTuple):
 def lstm_shapes(states, outputs, gaussian=False):
     """{name: shape}: weights (out, in), gates in the order i, f, g, o."""
     H = 64
-    shapes = {"w1": (H, states), "w_ih": (4 * H, H)}
-    shapes |= {"w_hh": (4 * H, H), "w2": (outputs, H)}
-    shapes |= {"b1": (H,), "b_ih": (4 * H,)}
-    shapes |= {"b_hh": (4 * H,), "b2": (outputs,)}
+    shapes = {
+        "w1": (H, states), "w_ih": (4 * H, H),
+        "w_hh": (4 * H, H), "w2": (outputs, H),
+        "b1": (H,), "b_ih": (4 * H,),
+        "b_hh": (4 * H,), "b2": (outputs,)}
     if gaussian:
         shapes["log_std"] = (outputs,)
     return shapes
@@ -533,11 +533,12 @@ def peers_of(tasks, env):
     return [Player(weights, shapes).constant() for weights in tasks.unbind(1)]
 
 
-def sampled_chain(env, actor, eta, critic, tasks, plan, args,
-                  part=(0, 1), training=True):
+def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
     """eqs. (1)-(5) for each row of `tasks`. When not training, no derivative passes from batch to batch."""
-    (length, first, learns), loss, critic_loss = plan, 0.0, 0.0
-    players, rewards = [actor, *peers_of(tasks, env)], []
+    length, first, learns = plan
+    loss = critic_loss = 0.0
+    players = [actor, *peers_of(tasks, env)]
+    rewards = []
     models = peers_of(torch.zeros_like(tasks), env) if args.opponent_model and training else []
     for l in range(length + 1):
         batch = rollout(env, players, part)
@@ -571,11 +572,12 @@ def sampled_chain(env, actor, eta, critic, tasks, plan, args,
     return Chain(loss / (length + 1), critic_loss / (length + 1), torch.stack(rewards, 1))
 
 
-def exact_chain(env, actor, eta, critic, tasks, plan, args,
-                part=(0, 1), training=True):
+def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
     """The same with expected updates: tables, eqs. (3) and (8); nothing is sampled and no critic needed."""
-    (length, first, learns), loss = plan, 0.0
-    players, rewards = [actor, *peers_of(tasks, env)], []
+    length, first, learns = plan
+    loss = 0.0
+    players = [actor, *peers_of(tasks, env)]
+    rewards = []
     for l in range(length + 1):
         x, y = (p.parts()["table"] for p in players)
         pay, H = env.reward_table, args.horizon
@@ -630,14 +632,26 @@ def gather(x):
     return torch.cat(parts).to(x.device)
 
 
+def build(args, env):
+    """What is learned and the moments of AMSGrad, in the groups that are clipped and stepped separately."""
+    actor, critic = map(initial, networks(args, env))
+    eta = torch.full((args.chain_length,), args.inner_lr)
+    params = copies({"actor": actor, "critic": critic, "step_sizes": eta}, args.device)
+    moments = {group: torch.zeros(3, x.numel(), device=args.device) for group, x in params.items()}
+    return params, moments
+
+
+def copies(tensors, device):
+    return {group: x.to(device, copy=True) for group, x in tensors.items()}
+
+
 def outer_update(env, params, moments, args, iteration, progress):
     """One outer iteration, the algorithm box; params {"actor", "critic", "step_sizes": (P,)} change in place.
     Returns {tag: value} and the mean reward per step of each agent along the chain, (L+1, N)."""
     # every process draws for all chains and keeps its own
     C = args.num_chains // WORLD
     tasks = env.sample_tasks(args.num_chains)[RANK * C : (RANK + 1) * C]
-    order = torch.rand(args.num_chains, args.num_chains, device=env.device)
-    order = order.argsort(1)
+    order = torch.rand(args.num_chains, args.num_chains, device=env.device).argsort(1)
     # play, learn, play again; each chain with a copy of everything that is learned
     own = {group: x.expand(C, -1).clone().requires_grad_() for group, x in params.items()}
     actor_shapes, critic_shapes = networks(args, env)
@@ -697,7 +711,6 @@ def evaluate(args, params, split):
 
 
 def numbered(tag, values):
-    """{tag with its number: value}"""
     return {tag.format(n): value for n, value in enumerate(values.tolist())}
 
 
@@ -713,6 +726,20 @@ def table(flat, args):
             lines.append(f"{title:22s}" + "".join(f"{x:<+9.{digits}f}" for x in values))
         lines[-2] += f"{flat[f'eval/{name}/sum_after_phi_0']:+.2f}"
     return "\n".join(line.rstrip() for line in lines)
+
+
+def report(args, params, folder, step):
+    """Print the table of held-out personas and write eval.json."""
+    values = evaluate(args, params, "test")
+    print(table(values, args))
+    write_eval(folder, values | {"global_step": step, "seed": args.seed})
+
+
+def film(args, params, folder):
+    """play.gif: agent i with the first held-out peer under phi_0 and, beside it, phi_L."""
+    camera = envs.Camera(make_env(args, args.eval_episodes))
+    adapt(camera, params, camera.tasks_by_class("test")["left"][:1], args)
+    print(camera.save(folder / "play.gif", {"before": 0, "after": -1}))
 
 
 # ================================================================ 7. Runs
@@ -817,41 +844,14 @@ class Run:
 
 
 # ================================================================ 8. Train
-def build(args, env):
-    """What is learned and the moments of AMSGrad, in the groups that are clipped and stepped separately."""
-    actor, critic = map(initial, networks(args, env))
-    eta = torch.full((args.chain_length,), args.inner_lr)
-    params = copies({"actor": actor, "critic": critic, "step_sizes": eta}, args.device)
-    moments = {group: torch.zeros(3, x.numel(), device=args.device) for group, x in params.items()}
-    return params, moments
-
-
-def copies(tensors, device):
-    return {group: x.to(device, copy=True) for group, x in tensors.items()}
-
-
-def report(args, params, folder, step):
-    """Print the table of held-out personas and write eval.json."""
-    values = evaluate(args, params, "test")
-    print(table(values, args))
-    write_eval(folder, values | {"global_step": step, "seed": args.seed})
-
-
-def film(args, params, folder):
-    """play.gif: agent i with the first held-out peer under phi_0 and, beside it, phi_L."""
-    camera = envs.Camera(make_env(args, args.eval_episodes))
-    adapt(camera, params, camera.tasks_by_class("test")["left"][:1], args)
-    print(camera.save(folder / "play.gif", {"before": 0, "after": -1}))
-
-
 def train(args):
-    check(args)
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
     if WORLD > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     episodes = 1 if args.gradient == "exact" else args.num_episodes  # an expected update plays no games
     env = make_env(args, args.num_chains // WORLD * episodes, (RANK, WORLD))
+    playable(args, env)
     # from the beginning, or from a checkpoint
     params, moments = build(args, env)
     best, best_score = copies(params, args.device), -math.inf

@@ -149,26 +149,22 @@ class HalfCheetahPeers(TwoAgentHalfCheetah):
     """To the right, with peers as tasks: whom agent 0 meets does not change the world, so reset() ignores
     them."""
 
-    splits = tuple(PEER_SPLITS)
-
-    def __init__(self, name, num_envs, peers=None, **options):
-        super().__init__(name, num_envs, **options)
-        self.population = read_peers(os.path.abspath(peers or PEERS))  # (325, P)
+    def __init__(self, name, num_envs, peers=None, **common):
+        super().__init__(name, num_envs, **common)
+        self.direction = torch.ones(num_envs, 1)
+        population = read_peers(os.path.abspath(peers or PEERS))  # (325, P)
+        self.tasks = {split: population[[KEPT.index(n) for n in numbers], None].numpy()  # (n, 1, P)
+                      for split, numbers in PEER_SPLITS.items()}
 
     def reset(self, task=None):
-        return super().reset(torch.ones(self.num_envs, 1))
-
-    def _peers(self, numbers):
-        return self.population[[KEPT.index(n) for n in numbers], None].to(self.device)  # (n, 1, P)
-
-    def sample_tasks(self, n, split="train"):
-        """(n, 1, P): peers of the split, drawn uniformly and independently."""
-        pool = PEER_SPLITS[split]
-        return self._peers([pool[i] for i in torch.randint(len(pool), (n,)).tolist()])
+        wanted = (self.num_envs, *self.tasks["train"].shape[1:])
+        if task is not None and tuple(task.shape) != wanted:
+            raise ValueError(f"{self.name}: task must be {wanted}, not {tuple(task.shape)}")
+        return super().reset(self.direction)
 
     def tasks_by_class(self, split):
         """{"left": (n, 1, P)}: each peer of the split once. There is one class: all have run to the left."""
-        return {"left": self._peers(PEER_SPLITS[split])}
+        return {"left": self.all_tasks(split)}
 
 
 def write_peers(path, weights, returns):

@@ -6,6 +6,7 @@ own step sizes .1 and 1; the expected numbers were computed once, independently 
 import importlib.util
 import itertools
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from test_house_style import ROOT
 import envs
 import meta_mapg as m
 from envs.matrix_games import CLASSES, MatrixGame, draw_personas
-from envs.multi_agent_mujoco import GRID, KEPT, PEER_SPLITS, VALIDATION, read_peers, write_peers
+from envs.multi_agent_mujoco import GRID, KEPT, PEER_SPLITS, PEERS, VALIDATION, read_peers, write_peers
 
 # for tests/test_scripts.py: the smallest run, the transitions of one iteration in it, lines that are refused
 TINY = dict(env="ipd", gradient="sampled", num_chains=2, num_episodes=4, eval_episodes=4, horizon=5,
@@ -623,7 +624,7 @@ def test_peers_survive_the_file_and_have_the_splits_of_the_authors(tmp_path):
     for name in "text", "missing":
         with pytest.raises(ValueError, match="not a file of"):
             read_peers(str(tmp_path / f"{name}.npz"))
-    shipped = envs.make("half_cheetah_peers", 1).population
+    shipped = read_peers(os.path.abspath(PEERS))
     assert shipped.shape == (325, 34_630) and ((shipped[1:] - shipped[:-1]).abs().amax(1) > 0).all()
 
 
