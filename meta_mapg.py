@@ -33,11 +33,11 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
                   REINFORCE (that of phi_0), "no own learning" (no log pi^i in (5)), opponent modelling.
              [D7] RPS has H = 50, as in their code (paper: 150). Logits, where they clamp probabilities. The
                   peers of half_cheetah_dir are from benchmark/make_peers.py: theirs are lost.
-  Run        python meta_mapg.py --env ipd                    # 15 s: sums of about 7 and 4
-             python meta_mapg.py --env ipd --method meta-pg   # 15 s: about -1 and -3, no peer learning
-             python meta_mapg.py --env rps                    # 1 min: about 1.4
-             python meta_mapg.py --env ipd --policy lstm      # the paper's networks, 45 min
-             python meta_mapg.py --env half_cheetah_dir       # 15 min
+  Run        python meta_mapg.py --env ipd                    # 20 s: sums +6.9 (cooperative), +4.2 (defective)
+             python meta_mapg.py --env ipd --method meta-pg   # 20 s: sums -0.7 and -3.2, no peer learning
+             python meta_mapg.py --env rps                    # 1 min: sum +1.4
+             python meta_mapg.py --env ipd --policy lstm      # the paper's networks: over an hour
+             python meta_mapg.py --env half_cheetah_dir       # 15 to 19 min
              torchrun --nproc-per-node 2 meta_mapg.py --env rps --policy lstm   # chains shared out
              python meta_mapg.py --evaluate runs/x/checkpoint.pt                # the table of a finished run
 """
