@@ -68,6 +68,7 @@ WORLDS = {  # name: (module, class)
     "cheetah_dir": ("multi_agent_mujoco", "CheetahDir"),
     "hopper_param": ("multi_agent_mujoco", "HopperParam"),
     "two_agent_half_cheetah": ("multi_agent_mujoco", "TwoAgentHalfCheetah"),
+    "half_cheetah_peers": ("multi_agent_mujoco", "HalfCheetahPeers"),
     "rware": ("warehouse", "Warehouse"),
 }
 

@@ -36,6 +36,7 @@ Solver    it starts each env step from zero, see envs/mujoco.py.
 """
 
 import copy
+import functools
 import os
 
 import mujoco
@@ -127,3 +128,61 @@ class HopperParam(Drivers):
     def _healthy(self, state):
         rest = state[:, 3:]  # all but time, x, z; the first is the torso's angle
         return (state[:, 2] > 0.7) & (np.abs(rest[:, 0]) < 0.2) & (np.abs(rest) < 100).all(1)
+
+
+# ---------------------------------------------------------------- the peers of two_agent_half_cheetah
+# Tasks are peers, as in envs/matrix_games.py: the weights with which the driver of the front leg begins, one
+# flat vector each, of an LSTM with a Gaussian head (lstm_shapes() in meta_mapg.py). The paper's were a
+# download that is gone, and how they were trained is not said. Ours come from benchmark/make_peers.py: peer n
+# is the front leg that played iteration n of a training to the left. Which n are for training, validation and
+# test is the authors' choice.
+VALIDATION = [3, 9, 38, 53, 57, 88, 104, 122, 146, 150, 166, 167, 190, 196, 205, 210, 221, 230, 233, 246, 259,
+              265, 273, 278, 293]
+PEER_SPLITS = {"train": [n for n in range(300) if n not in VALIDATION], "val": VALIDATION,
+               "test": [*range(475, 500)]}
+KEPT = sorted(sum(PEER_SPLITS.values(), []))
+GRID = 2.0**-10  # the unit of the weights, which are kept as whole numbers ...
+PEERS = os.path.join(os.path.dirname(__file__), "..", "benchmark", "peers", "half_cheetah_dir.npz")
+
+
+class HalfCheetahPeers(TwoAgentHalfCheetah):
+    """To the right, with peers as tasks: whom agent 0 meets does not change the world, so reset() ignores
+    them."""
+
+    def __init__(self, name, num_envs, peers=None, **common):
+        super().__init__(name, num_envs, **common)
+        self.direction = torch.ones(num_envs, 1)
+        population = read_peers(os.path.abspath(peers or PEERS))  # (325, P)
+        self.tasks = {split: population[[KEPT.index(n) for n in numbers], None].numpy()  # (n, 1, P)
+                      for split, numbers in PEER_SPLITS.items()}
+
+    def reset(self, task=None):
+        wanted = (self.num_envs, *self.tasks["train"].shape[1:])
+        if task is not None and tuple(task.shape) != wanted:
+            raise ValueError(f"{self.name}: task must be {wanted}, not {tuple(task.shape)}")
+        return super().reset(self.direction)
+
+    def tasks_by_class(self, split):
+        """{"left": (n, 1, P)}: each peer of the split once. There is one class: all have run to the left."""
+        return {"left": self.all_tasks(split)}
+
+
+def write_peers(path, weights, returns):
+    """weights (n, P) int16 in units of GRID, peers KEPT[:n]; returns (iterations,) of their training. Written
+    as differences from one peer to the next, which makes a fifth of them in float16."""
+    steps = np.diff(weights.numpy(), axis=0, prepend=np.int16(0)).T  # (P, n)
+    with open(path, "wb") as file:
+        np.savez_compressed(file, steps=np.ascontiguousarray(steps), returns=returns.numpy())
+
+
+@functools.lru_cache(1)
+def read_peers(path):
+    """(325, P) float32: peers KEPT. Raises ValueError."""
+    try:
+        with np.load(path) as data:
+            steps = data["steps"]
+    except Exception as error:  # missing, not an .npz, truncated, of a matrix game
+        raise ValueError(f"peers {path}: not a file of benchmark/make_peers.py ({error})") from None
+    if steps.dtype != np.int16 or steps.ndim != 2 or steps.shape[1] != len(KEPT):
+        raise ValueError(f"peers {path}: wanted {len(KEPT)} of them, not {steps.shape[1:]}")
+    return torch.from_numpy(np.cumsum(steps, 1, dtype=np.int16).T.astype(np.float32)) * GRID

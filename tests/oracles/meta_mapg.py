@@ -1,8 +1,7 @@
 """
-The outer iteration of meta_mapg.py written the obvious way, as the yardstick of speed.py: one chain, agents
-in a Python loop, one-hot observations through Linear and an LSTM cell at every time step while playing, and
-autograd through all of it. The maths is that of meta_mapg.sampled_chain with its defaults (aligned baseline,
-estimator "last", learned step sizes); speed.py checks that the gradients agree.
+The outer iteration of meta_mapg.py written the obvious way: one chain, agents in a Python loop, one-hot
+observations through Linear and an LSTM cell at every time step while playing, and autograd through all of it.
+The script must match its gradients (tests/test_meta_mapg.py); benchmark/speed.py uses it as its yardstick.
 """
 
 import torch
@@ -10,9 +9,9 @@ import torch.nn.functional as F
 
 
 def network(p, obs, memory):
-    """One time step: obs (K, S) -> outputs (K, A) and the new (h, c). {"logits": (S, A)} has no memory."""
-    if "logits" in p:
-        return obs @ p["logits"], None
+    """One time step: obs (K, S) -> outputs (K, A) and the new (h, c). {"table": (S, A)} has no memory."""
+    if "table" in p:
+        return obs @ p["table"], None
     h, c = memory or [obs.new_zeros(len(obs), p["w_hh"].shape[1])] * 2
     x = F.relu(F.linear(obs, p["w1"], p["b1"]))
     gates = F.linear(x, p["w_ih"], p["b_ih"]) + F.linear(h, p["w_hh"], p["b_hh"])
@@ -22,7 +21,7 @@ def network(p, obs, memory):
     return F.linear(h, p["w2"], p["b2"]), (h, c)
 
 
-def rollout(env, players, psi, recorded=None):
+def rollout(env, players, critic, recorded=None):
     """Play K episodes with the graph attached; if there are `recorded` (H, K, N) actions, those are taken.
     Returns observations (H, K, S), log-probabilities and rewards (H, K) of each agent, values and the entropy
     of agent 0."""
@@ -42,7 +41,7 @@ def rollout(env, players, psi, recorded=None):
             actions.append(action)
             if a == 0:
                 entropies.append(-(log_pi.exp() * log_pi).sum(-1))
-        value, critic_memory = network(psi, obs[0], critic_memory)
+        value, critic_memory = network(critic, obs[0], critic_memory)
         values.append(value[:, 0])
         obs, reward, *_ = env.step(actions)
         for a in range(len(players)):
@@ -73,25 +72,26 @@ def box(z):
     return torch.exp(z - z.detach())
 
 
-def inner_update(players, lrs, obs, logprobs, rewards, gamma):
-    """A step of every agent on its DiCE objective; all agents' log-probabilities are stochastic nodes."""
-    nodes = sum(logprobs)
-    discount = gamma ** torch.arange(len(nodes))[:, None]
-    updated = []
+def inner_update(players, lrs, obs, logprobs, rewards, args):
+    """A step of every agent on its Loaded DiCE objective; all agents' log-probabilities are its nodes."""
+    nodes, updated = sum(logprobs), []
     for p, lr, reward in zip(players, lrs, rewards):
-        b = baseline(obs, reward, gamma)
-        objective = (discount * (box(nodes.cumsum(0)) * reward + (1 - box(nodes)) * b)).sum(0).mean()
+        advantage = discounted(reward, args.gamma) - baseline(obs, reward, args.gamma)
+        objective, w = 0.0, torch.zeros_like(nodes[0])
+        for t, node in enumerate(nodes):
+            w = args.dice_lambda * w + node
+            objective = objective + args.gamma**t * ((box(w) - box(w - node)) * advantage[t]).mean()
         grads = torch.autograd.grad(objective, list(p.values()), create_graph=True)
         updated.append({name: value + lr * g for (name, value), g in zip(p.items(), grads)})
     return updated
 
 
-def chain_losses(env, theta, eta, psi, peers, args, recorded=None):
+def chain_losses(env, actor, eta, critic, peers, args, recorded=None):
     """The losses of actor and critic for one chain. env: K games with one-hot observations; peers: dicts."""
-    players, loss, critic_loss = [theta, *peers], 0.0, 0.0
+    players, loss, critic_loss = [actor, *peers], 0.0, 0.0
     for l in range(args.chain_length + 1):
         play = recorded[l] if recorded is not None else None
-        obs, logprobs, rewards, values, entropies = rollout(env, players, psi, play)
+        obs, logprobs, rewards, values, entropies = rollout(env, players, critic, play)
         if l == 0:
             loss = loss - args.ent_coef * entropies.sum(0).mean()
         else:
@@ -102,15 +102,15 @@ def chain_losses(env, theta, eta, psi, peers, args, recorded=None):
             critic_loss = critic_loss + ((values - discounted(reward, args.gamma)) ** 2).mean()
         if l < args.chain_length:
             lrs = [eta[l], *[args.peer_lr] * len(peers)]
-            players = inner_update(players, lrs, obs, logprobs, rewards, args.gamma)
+            players = inner_update(players, lrs, obs, logprobs, rewards, args)
     return loss / (args.chain_length + 1), critic_loss / (args.chain_length + 1)
 
 
-def gradients(env, theta, eta, psi, peers, args, recorded=None):
-    """Lists of gradients for theta, eta and psi of one chain."""
-    loss, critic_loss = chain_losses(env, theta, eta, psi, peers, args, recorded)
-    *by_theta, by_eta = torch.autograd.grad(loss, [*theta.values(), eta])
-    return by_theta, by_eta, torch.autograd.grad(critic_loss, [*psi.values()])
+def gradients(env, actor, eta, critic, peers, args, recorded=None):
+    """Lists of gradients for actor, step sizes and critic of one chain."""
+    loss, critic_loss = chain_losses(env, actor, eta, critic, peers, args, recorded)
+    *by_actor, by_eta = torch.autograd.grad(loss, [*actor.values(), eta])
+    return by_actor, by_eta, torch.autograd.grad(critic_loss, [*critic.values()])
 
 
 class PythonGame:
