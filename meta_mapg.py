@@ -33,7 +33,7 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
                   REINFORCE (that of phi_0), "no own learning" (no log pi^i in (5)), opponent modelling.
              [D7] RPS has H = 50, as in their code (paper: 150). Logits, where they clamp probabilities. The
                   peers of half_cheetah_dir are from benchmark/make_peers.py: theirs are lost.
-  Run        python meta_mapg.py --env ipd                    # 20 s: sums +6.9 (cooperative), +4.2 (defective)
+  Run        python meta_mapg.py --env ipd                    # 20 s: +6.9 (cooperative), +4.2 (defective)
              python meta_mapg.py --env ipd --method meta-pg   # 20 s: sums -0.7 and -3.2, no peer learning
              python meta_mapg.py --env rps                    # 1 min: sum +1.4
              python meta_mapg.py --env ipd --policy lstm      # the paper's networks: over an hour
@@ -84,9 +84,11 @@ def within(kind, low, high=math.inf):
             raise ValueError(f"must be in [{low}, {high}], not {value}")
         return value
 
+    is_number = lambda x: isinstance(x, (int, float))
+    as_words = lambda x: [str(x)]
     return Annotated[kind, PrimitiveConstructorSpec(
         nargs=1, metavar=f"{kind.__name__.upper()} {low}..{high}", instance_from_str=read,
-        is_instance=lambda x: isinstance(x, (int, float)), str_from_instance=lambda x: [str(x)])]
+        is_instance=is_number, str_from_instance=as_words)]
 
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
@@ -141,14 +143,12 @@ class Args:
 SAMPLED = dict(gradient="sampled", total_steps=92_160_000)
 RPS = SAMPLED | dict(horizon=50, gamma=0.9)  # [D7]
 CHEETAH = dict(
-    policy="lstm", gradient="sampled", horizon=200, gamma=0.95, chain_length=2, num_chains=1,
-    inner_lr=0.005, peer_lr=0.005, outer_lr=1e-3, critic_lr=1e-3, reward_scale=0.01,
-    total_steps=15_000_000, eval_every=100)
+    policy="lstm", gradient="sampled", horizon=200, gamma=0.95, chain_length=2, num_chains=1, inner_lr=0.005,
+    peer_lr=0.005, outer_lr=1e-3, critic_lr=1e-3, reward_scale=0.01, total_steps=15_000_000, eval_every=100)
 PRESETS = {"ipd": {}, "rps": RPS, "rps3": RPS, "rps4": RPS, "half_cheetah_dir": CHEETAH}  # what differs ...
-LSTM = dict(
-    policy="lstm", gradient="sampled", num_chains=8, critic_lr=1.4e-3, total_steps=100_000_000,
-    dice_lambda=0.9, link_clip=20.0, max_grad_norm=300.0, grow_chains=True, anneal_lr=True,  # [D2] [D4]
-    eval_every=20, save_every=5)
+LSTM = dict(  # [D2] [D4]
+    policy="lstm", gradient="sampled", num_chains=8, critic_lr=1.4e-3, total_steps=100_000_000, eval_every=20,
+    dice_lambda=0.9, link_clip=20.0, max_grad_norm=300.0, grow_chains=True, anneal_lr=True)
 LSTM_PRESETS = {  # ... and with --policy lstm in games
     "ipd": LSTM | dict(inner_lr=0.1, outer_lr=8.5e-4, ent_coef=0.5),
     "rps": RPS | LSTM | dict(inner_lr=0.01, outer_lr=2.8e-4)}
