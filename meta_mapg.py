@@ -33,7 +33,7 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
                   REINFORCE (that of phi_0), "no own learning" (no log pi^i in (5)), opponent modelling.
              [D7] RPS has H = 50, as in their code (paper: 150). Logits, where they clamp probabilities. The
                   peers of half_cheetah_dir are from benchmark/make_peers.py: theirs are lost.
-  Run        python meta_mapg.py --env ipd                    # 20 s: sums +6.9 (cooperative), +4.2 (defective)
+  Run        python meta_mapg.py --env ipd                    # 20 s: sums +6.9 and +4.2
              python meta_mapg.py --env ipd --method meta-pg   # 20 s: sums -0.7 and -3.2, no peer learning
              python meta_mapg.py --env rps                    # 1 min: sum +1.4
              python meta_mapg.py --env ipd --policy lstm      # the paper's networks: over an hour
