@@ -151,16 +151,16 @@ class HalfCheetahPeers(TwoAgentHalfCheetah):
 
     def __init__(self, name, num_envs, peers=None, **common):
         super().__init__(name, num_envs, **common)
-        self.direction = torch.ones(num_envs, 1)
+        del self.task_dim  # a peer is no row (D,), but (1, P)
         population = read_peers(os.path.abspath(peers or PEERS))  # (325, P)
         self.tasks = {split: population[[KEPT.index(n) for n in numbers], None].numpy()  # (n, 1, P)
                       for split, numbers in PEER_SPLITS.items()}
 
-    def reset(self, task=None):
+    def check_task(self, task):
         wanted = (self.num_envs, *self.tasks["train"].shape[1:])
         if task is not None and tuple(task.shape) != wanted:
             raise ValueError(f"{self.name}: task must be {wanted}, not {tuple(task.shape)}")
-        return super().reset(self.direction)
+        return torch.ones(self.num_envs, 1)  # to the right
 
     def tasks_by_class(self, split):
         """{"left": (n, 1, P)}: each peer of the split once. There is one class: all have run to the left."""

@@ -11,7 +11,8 @@ import envs
 
 B, H = 3, 4
 WITH_TASKS = [name for name in envs.WORLDS if hasattr(envs.make(name, 1), "sample_tasks")]
-FINITE = [name for name in WITH_TASKS if hasattr(envs.make(name, 1), "all_tasks")]
+FINITE = [name for name in WITH_TASKS
+          if hasattr(envs.make(name, 1), "all_tasks") and hasattr(envs.make(name, 1), "task_dim")]
 every = pytest.mark.parametrize("name", envs.WORLDS)
 ENDS = [name for name in envs.WORLDS if name in ("nav2d", "uav") or hasattr(envs.make(name, 1), "sim")]
 
