@@ -1,5 +1,5 @@
 """
-How fast lemol.py learns, updates included, beside naive_lemol.py, which plays one run after another, and the
+How fast lemol.py learns, updates included, beside oracles.lemol.py, which plays one run after another, and the
 arithmetic's floor. Used by speed.py.
 """
 
@@ -53,7 +53,7 @@ def measure_models(case):
 
 
 def measure_naive(case):
-    import naive_lemol as naive
+    import oracles.lemol as naive
     import torch
 
     import envs
@@ -80,7 +80,7 @@ def check():
     same minibatch, without noise. Returns what was found."""
     import random
 
-    import naive_lemol as naive
+    import oracles.lemol as naive
     import torch
 
     import envs
