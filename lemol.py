@@ -908,7 +908,7 @@ def evaluate(match, args, env=None):
     """{name: (R,)} of the players and models as they are."""
     game, where, i = match.game, match.where, match.game.lemol
     with torch.random.fork_rng():
-        torch.manual_seed(args.seed % 2**64 + 10_000)
+        torch.manual_seed((args.seed + 10_000) % 2**64)
         play = rollout(env or make_env(args, game.runs * args.eval_episodes), match, args)
         floor = None if i is None else entropy(play.other, args.discrete_actions)
     rows = play.rows[:, :-1].reshape(game.runs, -1, where["all"].stop)  # (R, W L, D)
