@@ -226,19 +226,22 @@ def make_env(args, num_envs):
     # The contract (envs/__init__.py); bring your own game of two by returning an object with these members:
     #   num_envs N, horizon L, num_agents 2, obs_dims, action_dims, device
     #   reset() -> obs, step(action) -> obs, reward (N, 2), terminated (N,), truncated (N,), info
-    #   where obs[i] (N, O_i), action[i] (N, A_i) soft or one-hot; a terminated row rests until the end
+    #   discrete True; obs[i] (N, O_i), action[i] (N, A_i) soft or one-hot; a terminated row rests until the end
     options = {} if args.env == "uav" else dict(dialect="mpe")
     if args.env == "simple_tag":
         options |= dict(num_agents=2, num_adversaries=1)
     try:
-        env = envs.make(args.env, num_envs, horizon=args.max_episode_len, device=args.device, **options)
-    except (ValueError, TypeError) as error:
+        return envs.make(args.env, num_envs, horizon=args.max_episode_len, device=args.device, **options)
+    except ValueError as error:
         fail(error)
+
+
+def playable(args, env):
+    """Refuse what make_env returned if LeMOL cannot play it."""
     blocks = max(map(len, getattr(env, "action_splits", [()])))
-    if env.num_agents != 2 or blocks > 1:
-        fail(f"--env {args.env}: LeMOL needs two players with one choice each, "
-             f"not {env.num_agents} with {blocks}")
-    return env
+    if env.num_agents != 2 or not env.discrete or blocks > 1 or env.horizon != args.max_episode_len:
+        fail(f"--env {args.env}: LeMOL needs two players with one discrete choice each and episodes of "
+             f"--max-episode-len {args.max_episode_len} steps")
 
 
 class Game(NamedTuple):
@@ -1099,7 +1102,9 @@ def train(args):
     check(args)
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
-    match, state, iteration, step = Match(args, make_env(args, 1)), None, 0, 0
+    env, state, iteration, step = make_env(args, 1), None, 0, 0
+    playable(args, env)
+    match = Match(args, env)
     if path := args.resume or args.evaluate:
         state = load(path)
         match.load(state)
