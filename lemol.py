@@ -12,7 +12,7 @@ LeMOL: an opponent model that learns how its opponent learns.
                B episodes of the untrained policies (exploration); then, from h = h_0,
                each step: a~ = softmax head(in-episode LSTM(o^i), h)          (2) -> OpponentModel.predict()
                           a^i = pi^i([o^i; a~]), a^-i = pi^-i(o^-i)               -> rollout()
-               each block of L steps: (h, c) <- core(BiLSTM(block), (h, c))   (3) -> OpponentModel.advance()
+               each episode: (h, c) <- core(BiLSTM(its events), (h, c))       (3) -> OpponentModel.advance()
                each P steps, for each player, from replay:                        -> learn()
                  y = r + gamma (1 - d) Qbar(o', a'), a' of the target actors  (4) -> critic_target()
                  M3DDPG: the other's a' moves a length eps down Qbar          (5) -> adversary()
@@ -21,29 +21,27 @@ LeMOL: an opponent model that learns how its opponent learns.
                  thetabar <- (1 - polyak) thetabar + polyak theta
              before each cycle: J sweeps over M recorded runs, chunk by chunk:     -> train_models()
                min -mean sum_a a^-i_t log a~_t; (h, c) carried over, detached (8) -> model_loss()
-             the oracle that knows all: a~ = a^-i with probability p          (9) -> feed_truth()
-  Symbols    theta {net: (R, P)}   x_t event [a^-i; o^i; a^i; r^i; end]   h, c (R, H)   a~ guess (R, A, B)
-             phi   OpponentModel   u   in-episode LSTM state (N, 32)
+  Symbols    theta {net: (R, P)}   x_t event [a^-i; o^i; a^i; r^i; end]   h, c (R, H)   a~ guess (N, A)
+             phi   OpponentModel   u   state of the in-episode LSTM (N, U)
              R runs, L steps of an episode, B minibatch, N = R W envs, X numbers of an event, D of a row
-  Methods    --om ep (LeMOL-EP) | flat (h advances each step) | ablated (no h) | oracle (of the action) |
-             policy (oracle of the policy) | uninformed (noise). --bad-policy (agent 0) and --good-policy
-             (agent 1): lemol | maddpg | mmmaddpg (M3DDPG).
+  Methods    --om ep (LeMOL-EP) | ablated (no h) | oracle (a~ is his true action) | policy (a~ is his true
+             policy) | uninformed (a~ is noise). --bad-policy (agent 0) and --good-policy (agent 1): lemol |
+             maddpg | mmmaddpg (M3DDPG).
   Departures [D1] Targets start as copies, polyak is 0.01, optimisers start anew with the players. Released:
                   targets of other random weights, polyak 0.0001, old Adam moments.
              [D2] The runs of a cycle are one batch, networks stacked: exact, because phi is frozen.
              [D3] phi is trained before a cycle, not after: nothing is trained that is never played.
-             [D4] --om flat advances h at every step in play too, the released code in bursts of P steps.
-             [D5] The ablated model has no h at all.
-             [D6] M3DDPG differentiates the sum of Q: the mean's gradients drown in the norm's floor. Its
+             [D4] The ablated model has no h at all: a learning state of no numbers.
+             [D5] M3DDPG differentiates the sum of Q: the mean's gradients drown in the norm's floor. Its
                   actor is a plain one, as released.
-             [D7] The time limit ends an episode for the critic (d = 1), as released.
-             [D8] What follows an early end (uav) is masked, and blocks stay whole episodes.
-             [D9] The default is small: 8 runs, B = 128, 4 cycles of 1128 episodes. --paper has the paper's.
+             [D6] The time limit ends an episode for the critic (d = 1), as released.
+             [D7] What follows an early end (uav) is masked, and a block stays a whole episode.
+             [D8] The default is small: 8 runs, B = 128, 4 cycles of 1128 episodes. --paper has the paper's.
   Run        python lemol.py --env simple_push                      # 2 min; cross-entropy 1.3, ablated 1.5
              python lemol.py --env simple_push --paper              # the paper's scale: hours
              python lemol.py --env simple_push --om ablated         # the paper's ablation
-             python lemol.py --env simple_push --om oracle          # told the action: 30 s
-             python lemol.py --env simple_push --bad-policy maddpg  # no opponent model: 30 s
+             python lemol.py --env simple_push --om oracle --n-opp-cycles 1          # told the action: 30 s
+             python lemol.py --env simple_push --bad-policy maddpg --n-opp-cycles 1  # no opponent model
              python lemol.py --env uav                              # the UAV models its pursuer
              python lemol.py --evaluate runs/x/checkpoint.pt --capture-video    # table, and play.gif
   Licence    MIT. Please cite the papers above for the methods.
@@ -60,10 +58,9 @@ import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import Annotated, Literal, NamedTuple, Optional
+from typing import Annotated, Literal, Optional
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -97,17 +94,12 @@ def within(kind, low, high=math.inf):
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
 
-
-Policy = Literal["lemol", "maddpg", "mmmaddpg"]
-MODELS = ("ep", "flat", "ablated")  # the opponent models that are trained
-
-
 @dataclass
 class Args:
-    """Defaults: a quick simple_push, two minutes of one core [D9]. PAPER below has the paper's sizes."""
+    """Defaults: a quick simple_push, two minutes of one core [D8]. PAPER below has the paper's sizes."""
 
     # --- run: the same in all six scripts
-    env: str = "simple_push"  # simple_push, simple_speaker_listener, simple_tag, uav, or your own: make_env()
+    env: str = "simple_push"  # simple_push, simple_speaker_listener, uav, or your own: make_env()
     seed: int = 1  # of torch, and with it of environments and networks
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch
@@ -122,13 +114,13 @@ class Args:
     track: bool = False  # log to Weights & Biases too
     # --- algorithm
     paper: bool = False  # the paper's sizes
-    bad_policy: Policy = "lemol"  # learner of agent 0, the adversary where there is one
-    good_policy: Policy = "maddpg"  # learner of agent 1
-    om: Literal["ep", "flat", "ablated", "oracle", "policy", "uninformed"] = "ep"  # opponent model: Methods
+    bad_policy: Literal["lemol", "maddpg", "mmmaddpg"] = "lemol"  # learner of agent 0, the adversary
+    good_policy: Literal["lemol", "maddpg", "mmmaddpg"] = "maddpg"  # learner of agent 1
+    om: Literal["ep", "ablated", "oracle", "policy", "uninformed"] = "ep"  # opponent model: see Methods
     discrete_actions: bool = False  # one-hot actions; off: soft ones, points of the simplex
     max_episode_len: Count = 25  # L, steps in an episode
     num_episodes: Count = 1128  # episodes of a learning run, exploration included
-    n_opp_cycles: Count = 4  # cycles, each of fresh players; 1 by default where no model is trained
+    n_opp_cycles: Count = 4  # cycles, each of fresh players; it sets total_steps
     traj_per_iter: Count = 8  # R, learning runs side by side in a cycle
     segment: Count = 50  # episodes in an iteration: what is logged at once
     batch_size: Count = 128  # B, minibatch of eqs. (4)-(7), and the episodes of exploration
@@ -137,67 +129,42 @@ class Args:
     gamma: Share = 0.95  # discount
     polyak: Share = 0.01  # share of the new weights in the targets at each update [D1]
     num_units: Count = 64  # width of the two hidden layers of each network
-    adv_eps: Size = 1e-3  # eps of eq. (5), against the other side
-    adv_eps_s: Size = 1e-5  # accepted and unused, as released: between two players no one is a team-mate
-    chunk_length: Count = 20  # U, blocks (ep, ablated) or steps (flat) that eq. (8) is differentiated through
+    adv_eps: Size = 1e-3  # eps of eq. (5)
+    chunk_length: Count = 20  # episodes that eq. (8) is differentiated through
     om_training_iters: Count = 5  # J, sweeps between cycles
     num_traj_to_train: Count = 8  # M, runs in a sweep, drawn with replacement from all so far
     omlr: Size = 2e-3  # Adam's step size of the opponent model
-    lstm_hidden_dim: Count = 64  # H, size of the learning state h
-    episode_embedding_dim: within(int, 2) = 128  # size of the BiLSTM's summary of a block, even
-    recurrent_om_prediction: bool = True  # ep, ablated: the head reads an in-episode LSTM; off: o^i alone
-    in_ep_lstm_dim: Count = 32  # size of the in-episode LSTM
-    train_lemol_om_on_oh: bool = False  # targets of eq. (8) are one-hot(argmax) also where actions are soft
-    fresh_guesses: bool = False  # eq. (7) reads guesses made anew with the present h, not those of the play
-    lemol_true_action_feed_proportion: Share = 1.0  # p of eq. (9)
+    lstm_hidden_dim: Count = 64  # H, size of the learning state h; the BiLSTM has H each way
+    in_ep_lstm_dim: Count = 32  # U, size of the in-episode LSTM
 
 
 PAPER = dict(num_episodes=11_024, batch_size=1024, n_opp_cycles=10, traj_per_iter=3, chunk_length=64,
-             omlr=1e-3, segment=50, save_every=101)
-PRESETS = {  # what differs from the defaults
-    "simple_push": {},
-    "simple_speaker_listener": {},
-    "simple_tag": {},
-    "uav": dict(bad_policy="maddpg", good_policy="lemol", discrete_actions=True),
-}
+             omlr=1e-3, save_every=101)
+PRESETS = {"uav": dict(bad_policy="maddpg", good_policy="lemol", discrete_actions=True)}  # others: none
 
 
 def preset(args):
     """What replaces the defaults where the command line is silent."""
     changes = PRESETS.get(args.env, {}) | (PAPER if args.paper else {})
-    defaults = Args()
-    silent = {name: v for name, v in changes.items() if getattr(args, name) == getattr(defaults, name)}
-    sizes = replace(args, **silent)
-    if args.n_opp_cycles == defaults.n_opp_cycles and not trains_model(sizes):
-        changes = changes | dict(n_opp_cycles=1)
-        sizes = replace(sizes, n_opp_cycles=1)
+    silent = [name for name in changes if getattr(args, name) == getattr(Args(), name)]
+    sizes = replace(args, **{name: changes[name] for name in silent})
     steps = sizes.n_opp_cycles * sizes.traj_per_iter * sizes.num_episodes * sizes.max_episode_len
     return changes | dict(total_steps=steps)
 
 
-def trains_model(args):
-    return "lemol" in (args.bad_policy, args.good_policy) and args.om in MODELS
-
-
-def chunk_steps(args):
-    """Steps in a chunk of eq. (8)."""
-    return args.chunk_length * (1 if args.om == "flat" else args.max_episode_len)
-
-
 def check(args):
     """Refuse what no single argument can be blamed for."""
-    played = args.num_episodes - args.batch_size
     if args.bad_policy == args.good_policy == "lemol":
         fail("--bad-policy and --good-policy: LeMOL can play one side only")
-    if trains_model(args) and args.om == "ep" and args.agent_update_freq != args.max_episode_len:
-        fail(f"--om ep needs --agent-update-freq {args.max_episode_len}, an episode; --om flat takes any")
-    if args.episode_embedding_dim % 2:
-        fail(f"--episode-embedding-dim must be even, not {args.episode_embedding_dim}")
-    if chunk_steps(args) > played * args.max_episode_len:
-        fail(f"--chunk-length {args.chunk_length} is longer than a run: of its {args.num_episodes} episodes "
-             f"{max(played, 0)} remain after the exploration, which is --batch-size {args.batch_size}")
-    if args.env == "uav" and not args.discrete_actions:
-        fail("--env uav needs --discrete-actions")
+    if trains_model(args) and args.agent_update_freq != args.max_episode_len:
+        fail(f"an opponent model needs --agent-update-freq {args.max_episode_len}, an episode")
+    if args.chunk_length > args.num_episodes - args.batch_size:
+        fail(f"--chunk-length {args.chunk_length}: after the --batch-size {args.batch_size} episodes of "
+             f"exploration a run has {args.num_episodes - args.batch_size} more")
+
+
+def trains_model(args):
+    return "lemol" in (args.bad_policy, args.good_policy) and args.om in ("ep", "ablated")
 
 
 def parse():
@@ -224,12 +191,10 @@ def parse():
 # ================================================================ 1. Environment
 def make_env(args, num_envs):
     # The contract (envs/__init__.py); bring your own game of two by returning an object with these members:
-    #   num_envs N, horizon L, num_agents 2, obs_dims, action_dims, device
+    #   num_envs N, horizon L, num_agents 2, discrete True, obs_dims, action_dims, device
     #   reset() -> obs, step(action) -> obs, reward (N, 2), terminated (N,), truncated (N,), info
-    #   discrete True; obs[i] (N, O_i), action[i] (N, A_i) soft or one-hot; a terminated row rests until the end
+    #   where obs[i] (N, O_i), action[i] (N, A_i) soft or one-hot; a terminated row rests until the end
     options = {} if args.env == "uav" else dict(dialect="mpe")
-    if args.env == "simple_tag":
-        options |= dict(num_agents=2, num_adversaries=1)
     try:
         return envs.make(args.env, num_envs, horizon=args.max_episode_len, device=args.device, **options)
     except ValueError as error:
@@ -244,31 +209,27 @@ def playable(args, env):
              f"--max-episode-len {args.max_episode_len} steps")
 
 
-class Game(NamedTuple):
-    """What never changes: R, the two learners, and sizes."""
+def layout(obs_dims, act_dims, guess_dim):
+    """Where things are among the D numbers of a replay row, {name: slice}."""
+    sizes = dict(obs0=obs_dims[0], obs1=obs_dims[1], act0=act_dims[0], act1=act_dims[1])
+    sizes |= dict(reward=2, done=1, valid=1, guess=guess_dim)
+    where, end = {}, 0
+    for name, size in sizes.items():
+        where[name] = slice(end, end + size)
+        end += size
+    # what stands side by side
+    where["obs"] = slice(0, where["obs1"].stop)
+    where["joint"] = slice(0, where["act1"].stop)
+    where["all"] = slice(0, end)
+    return where
 
-    runs: int
-    kinds: tuple  # learner of each agent
-    lemol: Optional[int]  # the agent with an opponent model, if any
-    obs: tuple
-    act: tuple
 
-    def columns(self, mind):
-        """Where things are in a replay row, {name: slice}; `mind` numbers for the in-episode state."""
-        sizes = dict(obs0=self.obs[0], obs1=self.obs[1], act0=self.act[0], act1=self.act[1], reward=2, done=1,
-                     valid=1, guess=0 if self.lemol is None else self.act[1 - self.lemol], mind=mind)
-        ends = dict(zip(sizes, itertools.accumulate(sizes.values())))
-        where = {name: slice(end - sizes[name], end) for name, end in ends.items()}
-        both = dict(obs=slice(0, ends["obs1"]), joint=slice(0, ends["act1"]), all=slice(0, ends["mind"]))
-        return where | both
-
-    def event(self, rows, where):
-        """x_t = [a^-i; o^i; a^i; r^i; end], and 1, or 0 after an early end: (..., D) -> (..., X + 1)."""
-        i = self.lemol
-        valid = rows[..., where["valid"]]
-        x = [rows[..., where[name]] for name in (f"act{1 - i}", f"obs{i}", f"act{i}")]
-        x += [rows[..., where["reward"]][..., i, None], rows[..., where["done"]]]
-        return torch.cat([torch.cat(x, -1) * valid, valid], -1)  # [D8]
+def event_of(rows, where, i):
+    """x_t = [a^-i; o^i; a^i; r^i; end], and 1, or 0 after an early end: (..., D) -> (..., X + 1)."""
+    valid = rows[..., where["valid"]]
+    x = [rows[..., where[name]] for name in (f"act{1 - i}", f"obs{i}", f"act{i}")]
+    x += [rows[..., where["reward"]][..., i, None], rows[..., where["done"]]]
+    return torch.cat([torch.cat(x, -1) * valid, valid], -1)  # [D7]
 
 
 # ================================================================ 2. Networks
@@ -311,8 +272,10 @@ def lstm(inputs, hidden, **options):
     return net
 
 
-def weights_of(net):
-    return net.weight_ih_l0, net.weight_hh_l0, net.bias_ih_l0, net.bias_hh_l0
+def one_step(net, x, state):
+    """An LSTM's next state (2, N, H) after x (N, F): its output and its cell."""
+    weights = net.weight_ih_l0, net.weight_hh_l0, net.bias_ih_l0, net.bias_hh_l0
+    return torch.stack(torch.lstm_cell(x, tuple(state), *weights))
 
 
 def shift_right(seq, first):
@@ -322,90 +285,74 @@ def shift_right(seq, first):
 
 
 class OpponentModel(nn.Module):
-    """phi. kind "ep": h advances once in a block of L steps; "flat": in each step; "ablated": there is no h.
-    `episode` is the in-episode LSTM over one's own observations, which starts anew in each block."""
+    """phi. `episode` reads one's own observations, from u_0 in each episode anew. `block` sums up a whole
+    episode, and `core` carries what it says into the learning state. Kind "ablated" has neither of these."""
 
     def __init__(self, kind, obs_dim, event_dim, actions, args):
         super().__init__()
-        self.kind, self.length = kind, args.max_episode_len
-        H, E, U = args.lstm_hidden_dim, args.episode_embedding_dim, args.in_ep_lstm_dim
-        recurrent = args.recurrent_om_prediction and args.om != "flat"
-        # what the head reads: z, from the observation, and h
-        self.episode = lstm(obs_dim, U) if recurrent else None
-        self.u0 = nn.Parameter(torch.zeros(2, U)) if recurrent else None
-        self.block = lstm(event_dim, E // 2, bidirectional=True) if kind == "ep" else None
-        self.core = lstm(E if kind == "ep" else event_dim, H) if kind != "ablated" else None  # [D5]
-        self.h0 = nn.Parameter(torch.zeros(2, H)) if kind != "ablated" else None  # h_0 and c_0
-        self.z_dim = U if recurrent else obs_dim
-        # the head, an MLP
-        sizes = [self.z_dim + H * (kind != "ablated"), 64, 64, actions]
-        self.head = nn.ModuleList(nn.Linear(n, m) for n, m in itertools.pairwise(sizes))
-        for layer in self.head:
+        self.length = args.max_episode_len
+        H = args.lstm_hidden_dim if kind == "ep" else 0  # [D4]
+        U = args.in_ep_lstm_dim
+        self.episode = lstm(obs_dim, U)
+        self.u0 = nn.Parameter(torch.zeros(2, U))
+        if H:
+            self.block = lstm(event_dim, H, bidirectional=True)
+            self.core = lstm(2 * H, H)
+        self.h0 = nn.Parameter(torch.zeros(2, H))  # h_0 and c_0
+        # the head
+        sizes = (U + H, 64, 64, actions)
+        layers = [nn.Linear(n, m) for n, m in itertools.pairwise(sizes)]
+        for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.head = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
     def start(self, n):
-        """The learned (h_0, c_0) before any event, n times."""
-        return () if self.core is None else tuple(self.h0[:, None].expand(2, n, -1))
+        """The learned (h_0, c_0) before any event: (2, n, H)."""
+        return self.h0[:, None].expand(-1, n, -1)
 
     def begin(self, n):
-        """The learned in-episode state before the first observation, n times."""
-        return () if self.episode is None else tuple(self.u0[:, None].expand(2, n, -1))
-
-    def remember(self, h=None):
-        """h's part in the head's first layer, (..., H) -> (..., 64), for all guesses made from one h."""
-        w, b = self.head[0].weight, self.head[0].bias
-        return b if self.core is None else F.linear(h, w[:, self.z_dim :], b)
-
-    def log_guess(self, z, memory):
-        x = (F.linear(z, self.head[0].weight[:, : self.z_dim]) + memory).relu()
-        return self.head[2](self.head[1](x).relu()).log_softmax(-1)
+        """The learned in-episode state before the first observation: (2, n, U)."""
+        return self.u0[:, None].expand(-1, n, -1)
 
     def embed(self, blocks):
-        """(N, L, X) -> (N, E): the last forward and the last backward state of the BiLSTM."""
+        """(N, L, X) -> (N, 2 H): the last forward and the last backward state of the BiLSTM."""
         return torch.cat(self.block(blocks)[1][0].unbind(0), -1)
 
-    def advance(self, events, hc):
-        """eq. (3) in play: (h, c) after one more block (N, L, X), or after one event (N, X) of "flat"."""
-        x = self.embed(events) if self.kind == "ep" else events
-        return torch.lstm_cell(x, hc, *weights_of(self.core))
+    def advance(self, block, hc):
+        """eq. (3) in play: (h, c) (2, N, H) after one more episode (N, L, X)."""
+        return one_step(self.core, self.embed(block), hc) if hc.shape[2] else hc
 
-    def predict(self, obs, memory, u):
-        """eq. (2) in play: obs (..., O), memory (..., 64), u (N, 32) twice -> log a~ (..., A), next u."""
-        if self.episode is None:
-            return self.log_guess(obs, memory), u
-        u = torch.lstm_cell(obs.reshape(-1, obs.shape[-1]), u, *weights_of(self.episode))
-        return self.log_guess(u[0].view(*obs.shape[:-1], -1), memory), u
+    def guess(self, z, h):
+        return self.head(torch.cat([z, h], -1)).log_softmax(-1)
+
+    def predict(self, obs, h, u):
+        """eq. (2) in play: obs (N, O), h (N, H), u (2, N, U) -> log a~ (N, A), next u."""
+        u = one_step(self.episode, obs, u)
+        return self.guess(u[0], h), u
 
     def forward(self, events, obs, hc):
         """eqs. (2) and (3) over a chunk: events (M, T, X), obs (M, T, O) -> log a~ (M, T, A), next (h, c)."""
-        M, L = len(obs), self.length
-        by_block = self.kind == "ep" or self.episode is not None
-        z = obs.unflatten(1, (-1, L)) if by_block else obs  # (M, U, L, O), or (M, T, O) with any T
-        # the learning state, one event or block late
-        if self.core is None:
-            memory = self.remember()
-        else:
-            x = events
-            if self.kind == "ep":
-                x = self.embed(events.reshape(-1, L, events.shape[-1])).view(M, -1, self.core.input_size)
-            seq, after = self.core(x, tuple(s[None].contiguous() for s in hc))
-            memory = self.remember(shift_right(seq, hc[0]))  # (M, U, 64), or (M, T, 64)
-            memory = memory if self.kind == "flat" else memory[:, :, None]
-            hc = tuple(s[0] for s in after)
+        M, T, L = *obs.shape[:2], self.length
+        # the learning state, one episode late
+        h = hc[0][:, None].expand(-1, T // L, -1)
+        if hc.shape[2]:
+            summary = self.embed(events.reshape(-1, L, events.shape[2])).view(M, T // L, -1)
+            seq, after = self.core(summary, tuple(s[None].contiguous() for s in hc))
+            h = shift_right(seq, hc[0])  # (M, T / L, H)
+            hc = torch.cat(after)
         # the episode so far
-        if self.episode is not None:
-            flat = z.reshape(-1, L, z.shape[-1])
-            start = tuple(s[None].contiguous() for s in self.begin(len(flat)))
-            z = self.episode(flat, start)[0].view(*z.shape[:-1], -1)
-        return self.log_guess(z, memory).reshape(M, obs.shape[1], -1), hc
+        blocks = obs.reshape(-1, L, obs.shape[2])
+        u = tuple(s[None].contiguous() for s in self.begin(len(blocks)))
+        z = self.episode(blocks, u)[0].reshape(M, T, -1)
+        return self.guess(z, h.repeat_interleave(L, 1)), hc
 
 
 # ================================================================ 3. Rollout
 # N = R W envs: W = 1 while players learn, W = B in the exploration before it, where nobody learns yet. The
-# opponent acts first, because the oracle wants to see it; a model does not. An episode becomes L + 1 replay
+# opponent acts first, because the oracles want to see it; a model does not. An episode becomes L + 1 replay
 # rows, of which the last holds the final observation alone: the successor of row t is row t + 1, always.
-def harden(x, dim=1):
+def harden(x, dim=-1):
     """One-hot of the largest entry."""
     return torch.zeros_like(x).scatter_(dim, x.argmax(dim, keepdim=True), 1.0)
 
@@ -419,133 +366,79 @@ def gumbel_softmax(logits, noise, dim=1):
     return (logits + noise).softmax(dim)
 
 
-def feed_truth(truth, p, discrete):
-    """eq. (9): the true action (N, A) with probability p, else a random action or a uniform point of the
-    simplex."""
-    noise = torch.rand(truth.shape).log_().neg_().log_()  # softmax of log Exp(1): Dirichlet(1)
-    noise = noise.softmax(1).to(truth.device)
-    noise = harden(noise) if discrete else noise
-    return torch.where((torch.rand(len(truth), 1) < p).to(truth.device), truth, noise)
-
-
-class Mind:
-    """What LeMOL thinks of the other during an episode, in N envs."""
-
-    def __init__(self, match, N):
-        self.om = match.om
-        if self.om:
-            self.hc = tuple(s.repeat_interleave(N // match.game.runs, 0) for s in match.hc)
-            self.memory = self.om.remember(*self.hc[:1])
-            self.u = self.om.begin(N)
-
-    def guess(self, obs, action, logits, args):
-        """Own observation (N, O) -> the guess (N, A), and its logarithm where a model makes it. An oracle is
-        told the other's action or logits (N, A) of this step."""
-        if args.om == "policy":
-            return logits.softmax(1), None
-        if not self.om:
-            p = args.lemol_true_action_feed_proportion * (args.om == "oracle")
-            return feed_truth(action, p, args.discrete_actions), None
-        logp, self.u = self.om.predict(obs, self.memory, self.u)
-        return harden(logp) if args.discrete_actions else logp.exp(), logp
-
-    def see(self, event):
-        """One more event (N, X): only the flat model's state advances within an episode [D4]."""
-        self.hc = self.om.advance(event, self.hc)
-        self.memory = self.om.remember(self.hc[0])
-
-
-class Play(NamedTuple):
-    rows: torch.Tensor  # (N, L + 1, D) for replay
-    logp: Optional[torch.Tensor]  # (N, L, A) log a~ of a model
-    other: torch.Tensor  # (N, A) logits of the other at one random step, for its entropy
-    mind: Mind
+def make_guess(match, obs, action, logits, h, u):
+    """What LeMOL takes for the other's action in this step: his observation (N, O), the other's true action
+    and logits (N, A), which only the oracles look at, and the model's states -> a~ (N, A), next u."""
+    om = match.args.om
+    if om == "oracle":
+        return action, u
+    if om == "policy":
+        return logits.softmax(1), u
+    if om == "uninformed":
+        noise = -torch.rand(action.shape).log().to(action.device)
+        guess = noise / noise.sum(1, keepdim=True)  # uniform on the simplex
+    else:
+        logp, u = match.om.predict(obs, h, u)
+        guess = logp.exp()
+    return harden(guess) if match.args.discrete_actions else guess, u
 
 
 @torch.no_grad()
-def rollout(env, match, args, update=None, advance=True):
-    """One episode in each of N envs. update(t) may change the weights before step t."""
-    game, where = match.game, match.where
-    N, L, R, i = env.num_envs, env.horizon, game.runs, game.lemol
+def rollout(env, match, args, update=None):
+    """One episode in each of N envs -> replay rows (N, L + 1, D). update(t) may change the weights before
+    step t."""
+    N, L, R, i = env.num_envs, env.horizon, match.runs, match.lemol
     order = (0, 1) if i is None else (1 - i, i)
-    noise = [gumbel(L, R, A, N // R, device=args.device) for A in game.act]
-    # the minds and the envs start
-    mind = Mind(match, N)
-    keeps = where["mind"].stop > where["mind"].start
-    obs, look = env.reset(), int(torch.randint(L, ()))
+    noise = [gumbel(L, R, A, N // R, device=args.device) for A in match.act_dims]
+    # the envs and the model's memory start
+    obs = env.reset()
+    rows = torch.zeros(N, L + 1, match.where["all"].stop, device=args.device)
     over = torch.zeros(N, dtype=torch.bool, device=args.device)
-    seen, done, thought, logps = [torch.cat(obs, 1)], [], [], []
+    h = u = None
+    if match.om:
+        h = match.play["hc"][0].repeat_interleave(N // R, 0)
+        u = match.om.begin(N)
+
     for t in range(L):
         if update is not None:
             update(t)
         # one acts after the other
-        action, logits, guess = [None, None], None, ()
+        action, logits, guess = [None, None], [None, None], ()
         for j in order:
             x = obs[j]
             if j == i:
-                thought += [torch.cat(mind.u, 1)] if keeps else []
-                *guess, logp = mind.guess(x, action[1 - i], logits, args)
+                *guess, u = make_guess(match, x, action[1 - i], logits[1 - i], h, u)
                 x = torch.cat([x, *guess], 1)
-                logps += [] if logp is None else [logp]
             out = match.actor(j, x.view(R, -1, x.shape[1]).mT)  # (R, A, W)
-            a = gumbel_softmax(out, noise[j][t])
-            action[j] = (harden(a) if args.discrete_actions else a).mT.reshape(N, -1)
-            logits = out.mT.reshape(N, -1)
-            if t == look and j == order[0]:
-                other = logits
+            logits[j] = out.mT.reshape(N, -1)
+            action[j] = gumbel_softmax(out, noise[j][t]).mT.reshape(N, -1)
+            action[j] = harden(action[j]) if args.discrete_actions else action[j]
         # what the step brings
-        obs, reward, terminated, truncated, _ = env.step(action)
-        end = terminated | truncated  # [D7]
-        done.append(torch.cat([*action, reward, end[:, None], ~over[:, None], *guess], 1))
-        seen.append(torch.cat(obs, 1))
-        if advance and args.om == "flat" and match.om:
-            mind.see(game.event(torch.cat([seen[-2], done[-1]], 1), where)[:, :-1])
-        over = terminated
-    # replay rows
-    rows = torch.zeros(N, L + 1, where["all"].stop, device=args.device)
-    rows[:, :, where["obs"]] = torch.stack(seen, 1)
-    rows[:, :L, where["act0"].start : where["guess"].stop] = torch.stack(done, 1)
-    if keeps:
-        rows[:, :L, where["mind"]] = torch.stack(thought, 1)
-    return Play(rows, torch.stack(logps, 1) if logps else None, other, mind)
+        after, reward, terminated, truncated, _ = env.step(action)
+        end = terminated | truncated  # [D6]
+        rows[:, t] = torch.cat([*obs, *action, reward, end[:, None], ~over[:, None], *guess], 1)
+        obs, over = after, terminated
+    rows[:, L, match.where["obs"]] = torch.cat(obs, 1)
+    return rows
 
 
-class Replay:
-    """R runs, E episodes, L + 1 rows of D numbers. Only rows before an early end are drawn."""
-
-    def __init__(self, runs, episodes, length, width, device):
-        self.data = torch.zeros(runs, episodes, length + 1, width, device=device)
-        self.index = torch.zeros(runs, episodes * length, dtype=torch.long, device=device)
-        self.count, self.episodes = torch.zeros(runs, 1, dtype=torch.long, device=device), 0
-
-    def add(self, rows, valid):
-        """rows (R, W, L + 1, D), valid (R, W, L): W more episodes of each run."""
-        R, W, rest, _ = rows.shape
-        first = self.episodes
-        self.episodes += W
-        self.data[:, first : self.episodes] = rows
-        number = torch.arange(first * rest, self.episodes * rest, device=rows.device).view(W, rest)[:, :-1]
-        for r in range(R):
-            new = number[valid[r] > 0]
-            at = int(self.count[r])
-            self.index[r, at : at + len(new)] = new
-            self.count[r] += len(new)
-
-    def sample(self, batch):
-        """Rows t and rows t + 1, each (R, D, B), uniform with replacement."""
-        R, E, rest, D = self.data.shape
-        pick = (torch.rand(R, batch).to(self.data.device) * self.count).long()
-        pick = self.index.gather(1, pick.minimum(self.count - 1))  # rand * count may round up
-        pick = (pick + torch.arange(R, device=pick.device)[:, None] * (E * rest)).flatten()
-        flat = self.data.view(-1, D)
-        return [flat.index_select(0, p).view(R, batch, D).mT.contiguous() for p in (pick, pick + 1)]
+def sample(data, valid, batch):
+    """Replay rows t and rows t + 1, each (R, D, B), uniform with replacement among the valid ones of a run:
+    data (R, E, L + 1, D), valid (R, E, L + 1)."""
+    R, D = len(data), data.shape[-1]
+    count = valid.flatten(1).cumsum(1)  # how many valid rows there are up to each row
+    # the first of them, or the second, ...; rand * count may round up
+    number = (torch.rand(R, batch).to(data.device) * count[:, -1:]).floor() + 1
+    pick = torch.searchsorted(count, number.minimum(count[:, -1:]))  # (R, B)
+    pick = (pick + torch.arange(R, device=pick.device)[:, None] * count.shape[1]).flatten()
+    flat = data.view(-1, D)
+    return [flat.index_select(0, p).view(R, batch, D).mT.contiguous() for p in (pick, pick + 1)]
 
 
 # ================================================================ 4. Objectives
 # Pure functions of tensors. RL losses are means over the minibatch, one for each run, (R,).
 def critic_target(reward, done, next_q, gamma):
     """eq. (4): all (R, B)."""
-    assert reward.shape == done.shape == next_q.shape
     return reward + gamma * (1 - done) * next_q
 
 
@@ -554,25 +447,22 @@ def adversary(q_of, action, eps):
     itself. The step is a constant for autograd; where q is flat, there is none."""
     with torch.enable_grad():
         a = action.detach().requires_grad_()
-        slope, = torch.autograd.grad(q_of(a).sum(), a)  # [D6]
+        slope, = torch.autograd.grad(q_of(a).sum(), a)  # [D5]
     return action - eps * slope / slope.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def critic_loss(q, y):
     """eq. (6): (R, B) each -> (R,)"""
-    assert q.shape == y.shape
     return ((q - y) ** 2).mean(1)
 
 
 def actor_loss(q, logits):
     """eq. (7): q (R, B) of the actor's own action, its logits (R, A, B) -> (R,)"""
-    assert q.shape == logits[:, 0].shape
     return -q.mean(1) + 1e-3 * logits.square().mean((1, 2))
 
 
 def model_loss(logp, action, valid):
     """eq. (8): mean over valid steps (...) of the cross-entropy with soft or one-hot actions (..., A)."""
-    assert logp.shape == action.shape and valid.shape == logp.shape[:-1]
     return -((action * logp).sum(-1) * valid).sum() / valid.sum()
 
 
@@ -581,70 +471,68 @@ def hits(guess, action):
     return (guess.argmax(-1) == action.argmax(-1)).float()
 
 
-def entropy(logits, discrete, samples=256):
-    """The least cross-entropy that a model could reach that knows the logits (N, A): the policy's entropy; of
-    soft actions, whose mean is flatter than the policy, that of their mean, by sampling. -> (N,)"""
-    if discrete:
-        p = logits.softmax(1)
-    else:
-        p = gumbel_softmax(logits, gumbel(samples, *logits.shape, device=logits.device), 2).mean(0)
-    return -(p * p.clamp(min=1e-12).log()).sum(1)
-
-
 # ================================================================ 5. Update
+# A cycle: the models train on all runs so far, new players explore, and then they learn while they play. What
+# an iteration does is either the beginning of a cycle or a segment of its episodes.
 def clip_each(grad, sizes, max_norm=0.5):
     """Every weight and bias tensor of every run to a norm of its own, as in the released code: (R, P)."""
-    counts = tensor_sizes(sizes)
-    norm = torch.stack([g.norm(dim=1) for g in grad.split(counts, 1)], 1)  # (R, tensors)
-    scale = max_norm / norm.clamp(min=max_norm)
-    return torch.cat([scale[:, k, None].expand(-1, n) for k, n in enumerate(counts)], 1).mul_(grad)
+    parts = grad.split(tensor_sizes(sizes), 1)
+    return torch.cat([g * (max_norm / g.norm(dim=1, keepdim=True).clamp(min=max_norm)) for g in parts], 1)
 
 
 class Match:
-    """R learning runs in lock-step, and the models that outlive them."""
+    """R learning runs in lock-step, and the models that outlive them. theta, play and curve are what changes
+    within a cycle: {name: tensor}, the run first."""
 
     def __init__(self, args, env):
-        i = 0 if args.bad_policy == "lemol" else 1 if args.good_policy == "lemol" else None
-        game = Game(args.traj_per_iter, (args.bad_policy, args.good_policy), i, tuple(env.obs_dims),
-                    tuple(env.action_dims))
-        self.args, self.game, self.models = args, game, {}
-        # the models: the one that is played, and beside it an ablated one
+        self.args, self.kinds = args, (args.bad_policy, args.good_policy)
+        self.runs = R = args.traj_per_iter
+        self.lemol = i = self.kinds.index("lemol") if "lemol" in self.kinds else None  # who has a model
+        self.obs_dims, self.act_dims = tuple(env.obs_dims), tuple(env.action_dims)
+        guess_dim = 0 if i is None else self.act_dims[1 - i]
+        self.where = layout(self.obs_dims, self.act_dims, guess_dim)
+        # the model that is played, and an ablated one beside it
+        self.models = {}
         if trains_model(args):
-            event = game.act[1 - i] + game.obs[i] + game.act[i] + 2
-            for name, kind in {"phi": args.om, "phi_ablated": "ablated"}.items():
-                if name == "phi" or args.om != "ablated":
-                    model = OpponentModel(kind, game.obs[i], event, game.act[1 - i], args)
-                    self.models[name] = model.to(args.device)
-        self.om, self.ablated = self.models.get("phi"), self.models.get("phi_ablated")
-        keep = args.fresh_guesses and self.om and self.om.episode
-        self.where = game.columns(2 * args.in_ep_lstm_dim if keep else 0)
+            event = guess_dim + self.obs_dims[i] + self.act_dims[i] + 2
+            kinds = {"om": "ep", "ablated": "ablated"} if args.om == "ep" else {"om": "ablated"}
+            for name, kind in kinds.items():
+                model = OpponentModel(kind, self.obs_dims[i], event, guess_dim, args)
+                self.models[name] = model.to(args.device)
+        self.om = self.models.get("om")
         # the players: layers, weights, optimisers
         units = (args.num_units, args.num_units)
-        self.sizes = {f"actor{j}": (game.obs[j] + (j == i) * game.act[1 - j], *units, game.act[j])
-                      for j in (0, 1)}
+        seen = [self.obs_dims[j] + guess_dim * (j == i) for j in (0, 1)]
+        self.sizes = {f"actor{j}": (seen[j], *units, self.act_dims[j]) for j in (0, 1)}
         self.sizes |= {f"critic{j}": (self.where["joint"].stop, *units, 1) for j in (0, 1)}
-        self.theta = {name + end: torch.zeros(game.runs, sum(tensor_sizes(sizes)), device=args.device)
-                      for end in ("", "_target") for name, sizes in self.sizes.items()}
+        self.theta = {}
+        for name, sizes in self.sizes.items():
+            for key in (name, f"{name}_target"):
+                self.theta[key] = torch.zeros(R, sum(tensor_sizes(sizes)), device=args.device)
         self.adam = {name: torch.optim.Adam([self.theta[name]], args.lr, fused=True) for name in self.sizes}
         self.adam |= {name: torch.optim.Adam(om.parameters(), args.omlr) for name, om in self.models.items()}
-        # recorded runs, curves of past cycles
+        # replay, the learning state, and what each episode brought
+        E, L = args.num_episodes, args.max_episode_len
+        H = self.om.h0.shape[1] if self.om else 0
+        sizes = dict(data=(R, E, L + 1, self.where["all"].stop), valid=(R, E, L + 1), hc=(2, R, H))
+        self.play = {name: torch.zeros(size, device=args.device) for name, size in sizes.items()}
+        self.curve = {name: torch.zeros(R, E, device=args.device) for name in ("return_0", "return_1")}
+        # recorded runs (R, T, X + 1) and curves of past cycles; the first iteration begins a cycle
         self.pool, self.history = [], []
-        self.restart()
-        self.episode = args.num_episodes  # the first iteration begins a cycle
+        self.episode = E
 
     @torch.no_grad()
     def restart(self):
         """New players, empty replay, the learned initial state: the beginning of a cycle. phi stays."""
-        args, R = self.args, self.game.runs
         for name, sizes in self.sizes.items():
-            self.theta[name].copy_(xavier(R, sizes))
+            self.theta[name].copy_(xavier(self.runs, sizes))
             self.theta[f"{name}_target"].copy_(self.theta[name])  # [D1]
             self.adam[name].state.clear()
-        E, L = args.num_episodes, args.max_episode_len
-        self.replay = Replay(R, E, L, self.where["all"].stop, args.device)
-        self.hc = self.om.start(R) if self.om else ()
-        sizes = dict(om_ce=(L,), om_acc=(L,), valid=(L,), floor=(), reward=(2,))
-        self.curve = {k: torch.zeros(R, E, *size, device=args.device) for k, size in sizes.items()}
+        for x in self.play.values():
+            x.zero_()
+        if self.om:
+            self.play["hc"].copy_(self.om.start(self.runs))
+        self.episode = 0
 
     def actor(self, j, x, end=""):
         """Logits of agent j's actors, or with "_target" of its target actors: x (R, F, B) -> (R, A, B)"""
@@ -660,56 +548,37 @@ class Match:
         self.theta[name].grad = clip_each(grad, self.sizes[name])
         self.adam[name].step()
 
-    @torch.no_grad()
-    def imagine(self, rows):
-        """The guess by the present h on replay rows (R, D, B), with their own in-episode state: (R, A, B)."""
-        x = rows[:, self.where[f"obs{self.game.lemol}"]].mT  # (R, B, O)
-        u = rows[:, self.where["mind"]].mT.flatten(0, 1).chunk(2, 1)
-        memory = self.om.remember(*(s[:, None] for s in self.hc[:1]))
-        guess = self.om.predict(x, memory, u)[0].exp().mT
-        return harden(guess) if self.args.discrete_actions else guess
-
     def state(self):
         """Everything that changes, for a checkpoint."""
-        r = self.replay
-        play = dict(data=r.data[:, : r.episodes].clone(), index=r.index, count=r.count, curve=self.curve,
-                    hc=[s.detach().clone() for s in self.hc], episode=self.episode)
-        models = {name: om.state_dict() for name, om in self.models.items()}
-        return dict(theta=self.theta, models=models, adam={k: o.state_dict() for k, o in self.adam.items()},
-                    play=play, pool=self.pool, history=self.history)
+        names = ("theta", "play", "curve", "pool", "history", "episode")
+        parts = {name: getattr(self, name) for name in names}
+        for group in ("models", "adam"):
+            parts[group] = {name: x.state_dict() for name, x in getattr(self, group).items()}
+        return parts
 
     def load(self, state):
         """Back to such a state."""
-        play, r = state["play"], self.replay
-        for name, p in self.theta.items():
-            p.copy_(state["theta"][name])
-        for name, om in self.models.items():
-            om.load_state_dict(state["models"][name])
-        for name, adam in self.adam.items():
-            adam.load_state_dict(state["adam"][name])
-        # the cycle that is under way
-        r.episodes = play["data"].shape[1]
-        r.data[:, : r.episodes] = play["data"]
-        r.index.copy_(play["index"])
-        r.count.copy_(play["count"])
-        for name, curve in self.curve.items():
-            curve.copy_(play["curve"][name])
-        self.hc, self.episode = tuple(s.to(r.data.device) for s in play["hc"]), play["episode"]
-        self.pool, self.history = state["pool"], state["history"]
+        for part in ("theta", "play", "curve"):
+            for name, x in getattr(self, part).items():
+                x.copy_(state[part][name])
+        for group in ("models", "adam"):
+            for name, x in getattr(self, group).items():
+                x.load_state_dict(state[group][name])
+        for name in ("pool", "history", "episode"):
+            setattr(self, name, state[name])
 
 
 @torch.no_grad()
 def target_actions(match, j, after):
     """a' of eq. (4) for the critic of agent j, [(R, A_i, B)]. The other comes first, then LeMOL, whose target
     actor reads the other's true target action: as released, both critics assume a perfect model."""
-    game, action = match.game, [None, None]
-    i = game.lemol
+    i, action = match.lemol, [None, None]
     for k in (0, 1) if i is None else (1 - i, i):
         x = after[:, match.where[f"obs{k}"]]
         x = torch.cat([x, action[1 - k]], 1) if k == i else x
         logits = match.actor(k, x, "_target")
         action[k] = gumbel_softmax(logits, gumbel(*logits.shape, device=x.device))
-    if game.kinds[j] == "mmmaddpg":
+    if match.kinds[j] == "mmmaddpg":
 
         def q_of(other):
             both = [other, action[1]] if j == 1 else [action[0], other]
@@ -724,7 +593,7 @@ def learn(match, j, args):
     """eqs. (4)-(7) for agent j in all runs: one minibatch, one step of critic, actor and targets. Returns
     losses and mean Q, (3,)."""
     where, theta = match.where, match.theta
-    now, after = match.replay.sample(args.batch_size)
+    now, after = sample(match.play["data"], match.play["valid"], args.batch_size)
     obs, obs_after = now[:, where["obs"]], after[:, where["obs"]]
     action = [now[:, where[f"act{k}"]] for k in (0, 1)]
     # the critic's step
@@ -737,9 +606,7 @@ def learn(match, j, args):
 
     # the actor's step; a guess has no gradient: phi learns from eq. (8) alone
     x = now[:, where[f"obs{j}"]]
-    if j == match.game.lemol:
-        guess = match.imagine(now) if args.fresh_guesses and match.om else now[:, where["guess"]]
-        x = torch.cat([x, guess], 1)
+    x = torch.cat([x, now[:, where["guess"]]], 1) if j == match.lemol else x
     flat = theta[f"actor{j}"].detach().requires_grad_()
     logits = mlp(flat, match.sizes[f"actor{j}"], x)
     action[j] = gumbel_softmax(logits, gumbel(*logits.shape, device=x.device))
@@ -753,31 +620,26 @@ def learn(match, j, args):
     return torch.stack([q_loss.mean(), pi_loss.mean(), q.mean()]).detach()
 
 
-def model_target(action, args):
-    """What eq. (8) fits: the other's action (..., A) as it was, or its largest entry."""
-    return harden(action, -1) if args.train_lemol_om_on_oh else action
+def parts_of(x, match):
+    """Recorded steps (..., X + 1) -> events, own observations, the other's actions, flags."""
+    A, O = match.act_dims[1 - match.lemol], match.obs_dims[match.lemol]
+    return x[..., :-1], x[..., A : A + O], x[..., :A], x[..., -1]
 
 
-def event_parts(x, match):
-    """Recorded steps (..., X + 1) -> events, own observations, targets, flags."""
-    A, O = match.game.act[1 - match.game.lemol], match.game.obs[match.game.lemol]
-    return x[..., :-1], x[..., A : A + O], model_target(x[..., :A], match.args), x[..., -1]
-
-
-def train_models(match, args, stop=lambda: False):
+def train_models(match, args, run=None):
     """eq. (8): J sweeps over M recorded runs; each chunk is one Adam step of each model, on the same data.
-    The state goes from chunk to chunk as a constant, so the first chunk alone trains h_0 and c_0. Where
-    stop() says so, it gives up: {}."""
-    runs, size = torch.cat(match.pool), chunk_steps(args)
+    The state goes from chunk to chunk as a constant, so the first chunk alone trains h_0 and c_0. After
+    Ctrl-C it gives up: {}."""
+    runs, size = torch.cat(match.pool), args.chunk_length * args.max_episode_len
+    losses = {name: [] for name in match.models}
     for _ in range(args.om_training_iters):
         picks = torch.randint(len(runs), (args.num_traj_to_train,)).tolist()
         states = {name: om.start(len(picks)) for name, om in match.models.items()}
-        losses = {name: [] for name in states}
         for t in range(0, runs.shape[1] - size + 1, size):  # an incomplete last chunk is dropped
-            if stop():
+            if run and run.interrupted:
                 return {}
             x = torch.stack([runs[k, t : t + size] for k in picks]).to(args.device)
-            events, obs, target, valid = event_parts(x, match)
+            events, obs, target, valid = parts_of(x, match)
             # one step of each model
             for name, om in match.models.items():
                 logp, state = om(events, obs, states[name])
@@ -785,192 +647,145 @@ def train_models(match, args, stop=lambda: False):
                 match.adam[name].zero_grad()
                 loss.backward()
                 match.adam[name].step()
-                states[name] = tuple(s.detach() for s in state)
+                states[name] = state.detach()
                 losses[name].append(loss.detach())
     for om in match.models.values():
         om.zero_grad(set_to_none=True)
     return {f"losses/{name}": torch.stack(v).mean() for name, v in losses.items()}
 
 
-def record(match, play, first):
-    """Add the W episodes of each run to replay and to the curves of this cycle."""
-    game, where, args, curve = match.game, match.where, match.args, match.curve
-    R, L, i = game.runs, args.max_episode_len, game.lemol
-    rows = play.rows.view(R, -1, *play.rows.shape[1:])  # (R, W, L + 1, D)
-    at = slice(first, first + rows.shape[1])
-    valid = rows[:, :, :L, where["valid"]][..., 0]
-    match.replay.add(rows, valid)
-    # the curves
-    curve["valid"][:, at] = valid
-    curve["reward"][:, at] = (rows[:, :, :L, where["reward"]] * valid[..., None]).sum(2)
-    if i is not None:
-        true = rows[:, :, :L, where[f"act{1 - i}"]]
-        curve["om_acc"][:, at] = hits(rows[:, :, :L, where["guess"]], true)
-        curve["floor"][:, at] = entropy(play.other, args.discrete_actions).view(R, -1)
-        if play.logp is not None:
-            curve["om_ce"][:, at] = -(play.logp.view(true.shape) * model_target(true, args)).sum(-1)
+def record(match, rows):
+    """Add the next W episodes of each run, rows (R W, L + 1, D), to replay, and note their returns."""
+    where = match.where
+    rows = rows.unflatten(0, (match.runs, -1))  # (R, W, L + 1, D)
+    now = slice(match.episode, match.episode + rows.shape[1])
+    valid = rows[..., where["valid"]][..., 0]
+    match.play["data"][:, now] = rows
+    match.play["valid"][:, now] = valid
+    for j in (0, 1):
+        match.curve[f"return_{j}"][:, now] = (rows[..., where["reward"].start + j] * valid).sum(2)
+    match.episode = now.stop
 
 
-def begin_cycle(match, args, stop=lambda: False):
-    """Train the models on what is recorded [D3], then new players explore. None if stop() said so."""
+def begin_cycle(match, args, run=None):
+    """Train the models on what is recorded [D3], then new players explore. None after Ctrl-C."""
     logs = {}
     if match.pool and match.models:
-        logs = train_models(match, args, stop)
+        logs = train_models(match, args, run)
         if not logs:
             return None
     match.restart()
-    env = make_env(args, match.game.runs * args.batch_size)
-    record(match, rollout(env, match, args, advance=False), 0)
-    match.episode = args.batch_size
+    env = make_env(args, match.runs * args.batch_size)
+    record(match, rollout(env, match, args))
     return logs
 
 
+@torch.no_grad()
 def play_segment(match, env, args):
     """Some episodes in which the players learn: their losses."""
-    losses, L = [], args.max_episode_len
+    losses = []
 
     def update(t):
-        tau = (match.episode - args.batch_size) * L + t
+        tau = (match.episode - args.batch_size) * args.max_episode_len + t
         if tau % args.agent_update_freq == 0:
             losses.append(torch.stack([learn(match, j, args) for j in (0, 1)]))
 
     for _ in range(min(args.segment, args.num_episodes - match.episode)):
-        play = rollout(env, match, args, update)
-        record(match, play, match.episode)
-        if args.om == "flat" and match.om:
-            match.hc = play.mind.hc
-        elif match.om and match.om.kind == "ep":
-            with torch.no_grad():
-                block = match.game.event(play.rows[:, :-1], match.where)[..., :-1]
-                match.hc = match.om.advance(block, match.hc)
-        match.episode += 1
+        rows = rollout(env, match, args, update)
+        record(match, rows)
+        if match.om:  # the episode enters the learning state
+            block = event_of(rows[:, :-1], match.where, match.lemol)[..., :-1]  # (R, L, X)
+            match.play["hc"].copy_(match.om.advance(block, match.play["hc"]))
     names = [f"{k}_{j}" for j in (0, 1) for k in ("losses/critic", "losses/actor", "charts/q")]
     return dict(zip(names, torch.stack(losses).mean(0).flatten())) if losses else {}
 
 
-def iterate(match, env, args, stop=lambda: False):
-    """The next episodes of a cycle: {tag: value} and the number of transitions, or None if stopped. A cycle
+def iterate(match, env, args, run=None):
+    """The next episodes of a cycle: {tag: value} and the number of transitions, or None after Ctrl-C. A cycle
     begins with the training of the models, new players and exploration, and ends by handing its runs over."""
     first = match.episode % args.num_episodes
-    logs = play_segment(match, env, args) if first else begin_cycle(match, args, stop)
+    logs = play_segment(match, env, args) if first else begin_cycle(match, args, run)
     if logs is None:
         return None
-    phase = phases({k: v[:, first : match.episode] for k, v in match.curve.items()}, match, 1)
-    logs |= {f"charts/episodic_return/agent_{j}": phase[f"return_{j}"][0] for j in (0, 1)}
-    logs["charts/episodic_return"] = phase[f"return_{match.game.lemol or 0}"][0]
-    logs |= {f"om/{k}": phase[k][0] for k in ("om_ce", "om_acc", "floor") if k in phase}
+    for j in (0, 1):
+        ret = match.curve[f"return_{j}"][:, first : match.episode].mean()
+        logs[f"charts/episodic_return/agent_{j}"] = ret
+        if j == (match.lemol or 0):
+            logs["charts/episodic_return"] = ret
     if match.episode == args.num_episodes:
         logs |= finish_cycle(match, args)
-    return logs, match.game.runs * (match.episode - first) * args.max_episode_len
+    return logs, match.runs * (match.episode - first) * args.max_episode_len
 
 
 # ================================================================ 6. Evaluation
-# How good were the models while the opponent learned: on the runs of a cycle, which none has seen yet. The
-# played model made its guesses in play, the ablated one makes its own on the same play. And how good are the
-# players now: some episodes in which nobody learns, in own envs and an own random stream, so that
+# How good were the models while the opponent learned? They are asked on the runs of a cycle, which none has
+# seen yet, what they would guess at each step; the played model did guess so. And how good are the players
+# now? They play some episodes in which nobody learns, in own envs and an own random stream, so that
 # evaluating does not change what is learned.
 @torch.no_grad()
 def finish_cycle(match, args):
-    """Hand the runs of a cycle over to the models, and note its curves. -> {tag: value}"""
-    curve = {k: v[:, args.batch_size :] for k, v in match.curve.items()}
-    if match.game.lemol is not None:
-        runs = match.game.event(match.replay.data[:, args.batch_size :, :-1], match.where).flatten(1, 2)
-        match.pool.append(runs.cpu())  # (R, T, X + 1)
-        if match.ablated:
-            curve |= dict(zip(("ablated_ce", "ablated_acc"), recount(match, match.ablated, runs)))
-    match.history.append(phases(curve, match))
-    return {f"cycle/{k}": sum(v) / len(v) for k, v in match.history[-1].items()}
+    """Hand the runs of a cycle over to the models, and note its curves, in tenths. -> {tag: value}"""
+    curve = {name: x[:, args.batch_size :] for name, x in match.curve.items()}
+    if match.lemol is not None:
+        rows = match.play["data"][:, args.batch_size :, :-1]
+        runs = event_of(rows, match.where, match.lemol).flatten(1, 2)  # (R, T, X + 1)
+        match.pool.append(runs.cpu())
+        for name, om in match.models.items():
+            curve[f"{name}_ce"], curve[f"{name}_acc"] = recount(match, om, runs)
+    tenths = {name: x.tensor_split(min(10, x.shape[1]), 1) for name, x in curve.items()}
+    match.history.append({name: [x.mean().item() for x in parts] for name, parts in tenths.items()})
+    return {f"cycle/{name}": x.mean() for name, x in curve.items()}
 
 
 @torch.no_grad()
 def recount(match, om, runs):
-    """Cross-entropy and hits (R, E, L) of a model on recorded runs (R, T, X + 1), as it would be in play."""
-    L, state, out = match.args.max_episode_len, om.start(len(runs)), []
-    for x in runs.split(100 * L, 1):
-        events, obs, target, _ = event_parts(x, match)
-        logp, state = om(events, obs, state)
-        pair = (-(logp * target).sum(-1), hits(logp, target))
-        out.append([y.unflatten(1, (-1, L)) for y in pair])
-    return [torch.cat(parts, 1) for parts in zip(*out)]
-
-
-def phases(curve, match, number=10):
-    """{name: [mean in each tenth of the learning]} of (R, E, L), (R, E), or for "reward" (R, E, 2)."""
-    parts = {k: v.tensor_split(min(number, v.shape[1]), 1) for k, v in curve.items()}
-    out = {f"return_{j}": [x[..., j].mean().item() for x in parts["reward"]] for j in (0, 1)}
-    if match.game.lemol is None:
-        return out
-    names = [k for k in ("om_ce", "ablated_ce", "om_acc", "ablated_acc") if k in curve]
-    names = [k for k in names if k != "om_ce" or match.om]
-    means = {k: [((x * v).sum() / v.sum()).item() for x, v in zip(parts[k], parts["valid"])] for k in names}
-    return means | {"floor": [x.mean().item() for x in parts["floor"]]} | out
+    """Mean cross-entropy and accuracy of a model in each episode of runs (R, T, X + 1): (2, R, E)."""
+    L, hc, found = match.args.max_episode_len, om.start(len(runs)), []
+    for x in runs.split(100 * L, 1):  # for the memory's sake
+        events, obs, target, valid = parts_of(x, match)
+        logp, hc = om(events, obs, hc)
+        both = torch.stack([-(logp * target).sum(-1), hits(logp, target)]) * valid
+        found.append(both.unflatten(2, (-1, L)).sum(3) / valid.unflatten(1, (-1, L)).sum(2))
+    return torch.cat(found, 2)
 
 
 @torch.no_grad()
 def evaluate(match, args, env=None):
-    """{name: (R,)} of the players and models as they are."""
-    game, where, i = match.game, match.where, match.game.lemol
+    """{"return_j": (R,)} of the players as they are."""
     with torch.random.fork_rng():
         torch.manual_seed((args.seed + 10_000) % 2**64)
-        play = rollout(env or make_env(args, game.runs * args.eval_episodes), match, args)
-        floor = None if i is None else entropy(play.other, args.discrete_actions)
-    rows = play.rows[:, :-1].reshape(game.runs, -1, where["all"].stop)  # (R, W L, D)
-    valid = rows[..., where["valid"]]
-    returns = (rows[..., where["reward"]] * valid).sum(1) * args.max_episode_len / rows.shape[1]
-    out = {f"return_{j}": returns[:, j] for j in (0, 1)}
-    if i is None:
-        return out
-    # the models' guesses, over the steps that count
-    weight = valid[..., 0] / valid[..., 0].sum(1, keepdim=True)
-    target = model_target(rows[..., where[f"act{1 - i}"]], args)
-    out["om_acc"] = (hits(rows[..., where["guess"]], target) * weight).sum(1)
-    out["floor"] = floor.view(game.runs, -1).mean(1)
-    if play.logp is not None:
-        out["om_ce"] = (-(play.logp.view(target.shape) * target).sum(-1) * weight).sum(1)
-    if match.ablated:
-        ablated = recount(match, match.ablated, game.event(play.rows[:, :-1], where))
-        ce, acc = ((x.reshape(weight.shape) * weight).sum(1) for x in ablated)
-        out |= {"ablated_ce": ce, "ablated_acc": acc}
-    return out
+        rows = rollout(env or make_env(args, match.runs * args.eval_episodes), match, args)
+    reward = rows[..., match.where["reward"]] * rows[..., match.where["valid"]]
+    returns = reward.sum(1).view(match.runs, -1, 2).mean(1)  # (R, 2)
+    return {f"return_{j}": returns[:, j] for j in (0, 1)}
 
 
 def interval(x):
     """Half width of the 95 % interval of the mean over dimension 0."""
-    return 1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))
+    return (1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))).item()
 
 
 def summary(results, match):
-    """{tag: value} of an evaluation and of the cycles before it."""
-    flat = {}
-    for k, v in results.items():
-        flat |= {f"eval/{k}": v.mean().item(), f"eval/{k}_ci95": interval(v).item()}
+    """{tag: value} of an evaluation, and of each cycle before it, whole and in tenths."""
+    values = {}
+    for name, x in results.items():
+        values |= {f"eval/{name}": x.mean().item(), f"eval/{name}_ci95": interval(x)}
     for number, entry in enumerate(match.history, 1):
-        flat |= {f"eval/cycle_{number}/{k}": sum(v) / len(v) for k, v in entry.items()}
-        flat |= {f"eval/cycle_{number}/{k}/{p}": x for k, v in entry.items() for p, x in enumerate(v, 1)}
-    return flat
+        for name, tenths in entry.items():
+            tag = f"eval/cycle_{number}/{name}"
+            values |= {tag: sum(tenths) / len(tenths)} | {f"{tag}/{k}": x for k, x in enumerate(tenths, 1)}
+    return values
 
 
 def table(results, match, args):
-    """Who got what in the end; models and returns in each cycle, and along the learning in the last one."""
-
-    def row(name, values, form=".3f"):
-        return f"{name:30s}" + "".join(f"{format(v, form):>8s}" for v in values)
-
-    title = {"om_ce": f"{args.om}: cross-entropy", "ablated_ce": "ablated: cross-entropy",
-             "floor": "floor (knows the policy)", "om_acc": f"{args.om}: accuracy",
-             "ablated_acc": "ablated: accuracy"} | {f"return_{j}": f"return of agent {j}" for j in (0, 1)}
-    text = ", ".join(f"{results[f'return_{j}'].mean():.2f} ± {interval(results[f'return_{j}']):.2f}"
-                     for j in (0, 1))
-    # now
-    lines = [f"{args.env}, {' : '.join(match.game.kinds)}: returns of the last policies {text} "
-             f"({match.game.runs} runs)"]
-    lines += [row(f"now, {title[k]}", [results[k].mean()]) for k in title if k in results]
-    # in the past
-    for entry in match.history[-1:]:
-        lines.append(row("cycle", range(1, len(match.history) + 1), "d"))
-        lines += [row(title[k], [sum(e[k]) / len(e[k]) for e in match.history]) for k in title if k in entry]
-        lines.append(row("the last cycle, in tenths", range(1, len(entry["return_0"]) + 1), "d"))
-        lines += [row(title[k], entry[k]) for k in title if k in entry]
+    """Who got what in the end, and how good the models were in each cycle."""
+    lines = [f"{args.env}, {' : '.join(match.kinds)}, {match.runs} runs"]
+    for name, x in results.items():
+        lines.append(f"{name} of the last policies: {x.mean():.2f} ± {interval(x):.2f}")
+    # om: the model that was played; ce: cross-entropy; acc: accuracy
+    for name in match.history[0] if match.history else ():
+        means = [sum(entry[name]) / len(entry[name]) for entry in match.history]
+        lines.append(f"{name:12s} in each cycle:" + "".join(f"{mean:9.3f}" for mean in means))
     return "\n".join(lines)
 
 
@@ -1082,27 +897,11 @@ def report(match, args, results, folder, step):
     write_eval(folder, summary(results, match) | {"global_step": step, "seed": args.seed})
 
 
-def film(match, args, folder):
-    """play.gif: one episode of the last policies."""
-    camera = envs.Camera(make_env(args, match.game.runs))
-    evaluate(match, replace(args, eval_episodes=1), camera)
-    print(camera.save(folder / "play.gif", {"last policies": 0}))
-
-
-def describe(match, logs, args):
-    """The progress line."""
-    text = f"cycle {len(match.history) + (match.episode < args.num_episodes)}"
-    for name, tag in {args.om: "cycle/om_ce", "ablated": "cycle/ablated_ce"}.items():
-        text += f", cross-entropy of {name} {logs[tag]:.3f}" if tag in logs else ""
-    returns = [logs[f"charts/episodic_return/agent_{j}"] for j in (0, 1)]
-    return text + f", returns {returns[0]:.2f}, {returns[1]:.2f}"
-
-
 def train(args):
     check(args)
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
-    env, state, iteration, step = make_env(args, 1), None, 0, 0
+    env, state, iteration, step = make_env(args, args.traj_per_iter), None, 0, 0
     playable(args, env)
     match = Match(args, env)
     if path := args.resume or args.evaluate:
@@ -1111,17 +910,16 @@ def train(args):
         iteration, step = state["iteration"], state["step"]
     if args.evaluate:
         report(match, args, evaluate(match, args), state["folder"], step)
-        return film(match, args, state["folder"]) if args.capture_video else None
-    env = make_env(args, match.game.runs)
+        if args.capture_video:  # one episode of the last policies
+            camera = envs.Camera(env)
+            evaluate(match, args, camera)
+            print(camera.save(state["folder"] / "play.gif", {"last policies": 0}))
+        return
 
     with Run(args, state) as run:
-
-        def interrupted():
-            return run.interrupted
-
         done = stop = False
         while not stop:
-            out = iterate(match, env, args, interrupted)
+            out = iterate(match, env, args, run)
             if out is None:  # Ctrl-C while the models trained: the end of the cycle before is saved
                 break
             logs, steps = out
@@ -1131,9 +929,10 @@ def train(args):
             if done or args.eval_every and iteration % args.eval_every == 0:
                 results = evaluate(match, args)
                 logs |= summary(results, match)
-            # the end of a cycle is always saved
-            ended = match.episode == args.num_episodes
-            run.log(logs, step, describe(match, logs, args), done or ended)
+            ended = match.episode == args.num_episodes  # the end of a cycle is always saved
+            text = f"cycle {len(match.history) + (not ended)}: return {logs['charts/episodic_return']:.2f}"
+            text += f", cross-entropy {logs['cycle/om_ce']:.3f}" if "cycle/om_ce" in logs else ""
+            run.log(logs, step, text, done or ended)
             stop = done or run.interrupted
             if stop or ended or iteration % args.save_every == 0:
                 run.save(step, iteration=iteration, **match.state())
