@@ -396,7 +396,7 @@ def rollout(env, match, args, update=None):
     over = torch.zeros(N, dtype=torch.bool, device=args.device)
     h = u = None
     if match.om:
-        h = match.play["hc"][0].repeat_interleave(N // R, 0)
+        h = match.hc[0].repeat_interleave(N // R, 0)
         u = match.om.begin(N)
 
     for t in range(L):
@@ -422,14 +422,20 @@ def rollout(env, match, args, update=None):
     return rows
 
 
-def sample(data, valid, batch):
-    """Replay rows t and rows t + 1, each (R, D, B), uniform with replacement among the valid ones of a run:
-    data (R, E, L + 1, D), valid (R, E, L + 1)."""
+def returns_of(rows, where):
+    """Sums of rewards over the steps of an episode: (..., L + 1, D) -> (..., 2)"""
+    return (rows[..., where["reward"]] * rows[..., where["valid"]]).sum(-2)
+
+
+def sample(data, where, batch):
+    """Replay rows t and rows t + 1, each (R, D, B), uniform with replacement among the valid rows of a run:
+    data (R, E, L + 1, D)."""
     R, D = len(data), data.shape[-1]
-    count = valid.flatten(1).cumsum(1)  # how many valid rows there are up to each row
+    count = data[..., where["valid"]].flatten(1).cumsum(1)  # how many valid rows there are up to each row
     # the first of them, or the second, ...; rand * count may round up
     number = (torch.rand(R, batch).to(data.device) * count[:, -1:]).floor() + 1
     pick = torch.searchsorted(count, number.minimum(count[:, -1:]))  # (R, B)
+    # the same in all runs' rows
     pick = (pick + torch.arange(R, device=pick.device)[:, None] * count.shape[1]).flatten()
     flat = data.view(-1, D)
     return [flat.index_select(0, p).view(R, batch, D).mT.contiguous() for p in (pick, pick + 1)]
@@ -466,11 +472,6 @@ def model_loss(logp, action, valid):
     return -((action * logp).sum(-1) * valid).sum() / valid.sum()
 
 
-def hits(guess, action):
-    """Whether the likeliest action of the guess was taken: (..., A) -> (...)"""
-    return (guess.argmax(-1) == action.argmax(-1)).float()
-
-
 # ================================================================ 5. Update
 # A cycle: the models train on all runs so far, new players explore, and then they learn while they play. What
 # an iteration does is either the beginning of a cycle or a segment of its episodes.
@@ -481,8 +482,7 @@ def clip_each(grad, sizes, max_norm=0.5):
 
 
 class Match:
-    """R learning runs in lock-step, and the models that outlive them. theta, play and curve are what changes
-    within a cycle: {name: tensor}, the run first."""
+    """R learning runs in lock-step, and the models that outlive them."""
 
     def __init__(self, args, env):
         self.args, self.kinds = args, (args.bad_policy, args.good_policy)
@@ -511,15 +511,14 @@ class Match:
                 self.theta[key] = torch.zeros(R, sum(tensor_sizes(sizes)), device=args.device)
         self.adam = {name: torch.optim.Adam([self.theta[name]], args.lr, fused=True) for name in self.sizes}
         self.adam |= {name: torch.optim.Adam(om.parameters(), args.omlr) for name, om in self.models.items()}
-        # replay, the learning state, and what each episode brought
-        E, L = args.num_episodes, args.max_episode_len
-        H = self.om.h0.shape[1] if self.om else 0
-        sizes = dict(data=(R, E, L + 1, self.where["all"].stop), valid=(R, E, L + 1), hc=(2, R, H))
-        self.play = {name: torch.zeros(size, device=args.device) for name, size in sizes.items()}
-        self.curve = {name: torch.zeros(R, E, device=args.device) for name in ("return_0", "return_1")}
-        # recorded runs (R, T, X + 1) and curves of past cycles; the first iteration begins a cycle
+        # replay, and the learning state
+        size = (R, args.num_episodes, args.max_episode_len + 1, self.where["all"].stop)
+        self.data = torch.zeros(size, device=args.device)
+        self.hc = torch.zeros(2, R, self.om.h0.shape[1] if self.om else 0, device=args.device)
+        self.tensors = self.theta | dict(data=self.data, hc=self.hc)  # what changes within a cycle
+        # recorded runs (R, T, X + 1) and measures of past cycles; the first iteration begins a cycle
         self.pool, self.history = [], []
-        self.episode = E
+        self.episode = args.num_episodes
 
     @torch.no_grad()
     def restart(self):
@@ -528,11 +527,10 @@ class Match:
             self.theta[name].copy_(xavier(self.runs, sizes))
             self.theta[f"{name}_target"].copy_(self.theta[name])  # [D1]
             self.adam[name].state.clear()
-        for x in self.play.values():
-            x.zero_()
-        if self.om:
-            self.play["hc"].copy_(self.om.start(self.runs))
+        self.data.zero_()
         self.episode = 0
+        if self.om:
+            self.hc.copy_(self.om.start(self.runs))
 
     def actor(self, j, x, end=""):
         """Logits of agent j's actors, or with "_target" of its target actors: x (R, F, B) -> (R, A, B)"""
@@ -550,22 +548,20 @@ class Match:
 
     def state(self):
         """Everything that changes, for a checkpoint."""
-        names = ("theta", "play", "curve", "pool", "history", "episode")
-        parts = {name: getattr(self, name) for name in names}
+        state = dict(tensors=self.tensors, pool=self.pool, history=self.history, episode=self.episode)
         for group in ("models", "adam"):
-            parts[group] = {name: x.state_dict() for name, x in getattr(self, group).items()}
-        return parts
+            state[group] = {name: x.state_dict() for name, x in getattr(self, group).items()}
+        return state
 
     def load(self, state):
         """Back to such a state."""
-        for part in ("theta", "play", "curve"):
-            for name, x in getattr(self, part).items():
-                x.copy_(state[part][name])
+        for name, x in self.tensors.items():
+            x.copy_(state["tensors"][name])
         for group in ("models", "adam"):
             for name, x in getattr(self, group).items():
                 x.load_state_dict(state[group][name])
-        for name in ("pool", "history", "episode"):
-            setattr(self, name, state[name])
+        self.pool, self.history = state["pool"], state["history"]
+        self.episode = state["episode"]
 
 
 @torch.no_grad()
@@ -593,7 +589,7 @@ def learn(match, j, args):
     """eqs. (4)-(7) for agent j in all runs: one minibatch, one step of critic, actor and targets. Returns
     losses and mean Q, (3,)."""
     where, theta = match.where, match.theta
-    now, after = sample(match.play["data"], match.play["valid"], args.batch_size)
+    now, after = sample(match.data, where, args.batch_size)
     obs, obs_after = now[:, where["obs"]], after[:, where["obs"]]
     action = [now[:, where[f"act{k}"]] for k in (0, 1)]
     # the critic's step
@@ -655,16 +651,11 @@ def train_models(match, args, run=None):
 
 
 def record(match, rows):
-    """Add the next W episodes of each run, rows (R W, L + 1, D), to replay, and note their returns."""
-    where = match.where
+    """Add the next W episodes of each run, rows (R W, L + 1, D), to replay."""
     rows = rows.unflatten(0, (match.runs, -1))  # (R, W, L + 1, D)
-    now = slice(match.episode, match.episode + rows.shape[1])
-    valid = rows[..., where["valid"]][..., 0]
-    match.play["data"][:, now] = rows
-    match.play["valid"][:, now] = valid
-    for j in (0, 1):
-        match.curve[f"return_{j}"][:, now] = (rows[..., where["reward"].start + j] * valid).sum(2)
-    match.episode = now.stop
+    first = match.episode
+    match.episode += rows.shape[1]
+    match.data[:, first : match.episode] = rows
 
 
 def begin_cycle(match, args, run=None):
@@ -695,7 +686,7 @@ def play_segment(match, env, args):
         record(match, rows)
         if match.om:  # the episode enters the learning state
             block = event_of(rows[:, :-1], match.where, match.lemol)[..., :-1]  # (R, L, X)
-            match.play["hc"].copy_(match.om.advance(block, match.play["hc"]))
+            match.hc.copy_(match.om.advance(block, match.hc))
     names = [f"{k}_{j}" for j in (0, 1) for k in ("losses/critic", "losses/actor", "charts/q")]
     return dict(zip(names, torch.stack(losses).mean(0).flatten())) if losses else {}
 
@@ -707,11 +698,9 @@ def iterate(match, env, args, run=None):
     logs = play_segment(match, env, args) if first else begin_cycle(match, args, run)
     if logs is None:
         return None
-    for j in (0, 1):
-        ret = match.curve[f"return_{j}"][:, first : match.episode].mean()
-        logs[f"charts/episodic_return/agent_{j}"] = ret
-        if j == (match.lemol or 0):
-            logs["charts/episodic_return"] = ret
+    returns = returns_of(match.data[:, first : match.episode], match.where).mean((0, 1))
+    logs |= {f"charts/episodic_return/agent_{j}": returns[j] for j in (0, 1)}
+    logs["charts/episodic_return"] = returns[match.lemol or 0]
     if match.episode == args.num_episodes:
         logs |= finish_cycle(match, args)
     return logs, match.runs * (match.episode - first) * args.max_episode_len
@@ -725,10 +714,11 @@ def iterate(match, env, args, run=None):
 @torch.no_grad()
 def finish_cycle(match, args):
     """Hand the runs of a cycle over to the models, and note its curves, in tenths. -> {tag: value}"""
-    curve = {name: x[:, args.batch_size :] for name, x in match.curve.items()}
+    data = match.data[:, args.batch_size :]  # (R, E, L + 1, D), without the exploration
+    returns = returns_of(data, match.where)
+    curve = {f"return_{j}": returns[..., j] for j in (0, 1)}  # (R, E)
     if match.lemol is not None:
-        rows = match.play["data"][:, args.batch_size :, :-1]
-        runs = event_of(rows, match.where, match.lemol).flatten(1, 2)  # (R, T, X + 1)
+        runs = event_of(data[:, :, :-1], match.where, match.lemol).flatten(1, 2)  # (R, T, X + 1)
         match.pool.append(runs.cpu())
         for name, om in match.models.items():
             curve[f"{name}_ce"], curve[f"{name}_acc"] = recount(match, om, runs)
@@ -744,7 +734,8 @@ def recount(match, om, runs):
     for x in runs.split(100 * L, 1):  # for the memory's sake
         events, obs, target, valid = parts_of(x, match)
         logp, hc = om(events, obs, hc)
-        both = torch.stack([-(logp * target).sum(-1), hits(logp, target)]) * valid
+        hit = logp.argmax(-1) == target.argmax(-1)
+        both = torch.stack([-(logp * target).sum(-1), hit]) * valid  # (2, R, T)
         found.append(both.unflatten(2, (-1, L)).sum(3) / valid.unflatten(1, (-1, L)).sum(2))
     return torch.cat(found, 2)
 
@@ -755,8 +746,7 @@ def evaluate(match, args, env=None):
     with torch.random.fork_rng():
         torch.manual_seed((args.seed + 10_000) % 2**64)
         rows = rollout(env or make_env(args, match.runs * args.eval_episodes), match, args)
-    reward = rows[..., match.where["reward"]] * rows[..., match.where["valid"]]
-    returns = reward.sum(1).view(match.runs, -1, 2).mean(1)  # (R, 2)
+    returns = returns_of(rows, match.where).view(match.runs, -1, 2).mean(1)  # (R, 2)
     return {f"return_{j}": returns[:, j] for j in (0, 1)}
 
 

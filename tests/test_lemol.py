@@ -106,10 +106,10 @@ def test_what_is_guessed_in_play_is_what_training_would_guess(kw):
     with torch.no_grad():  # so that nothing is at its neutral start
         for p in m.om.parameters():
             p.add_(0.1 * torch.randn_like(p))
-        m.play["hc"].copy_(m.om.start(m.runs))
+        m.hc.copy_(m.om.start(m.runs))
     for _ in range(2):
         logs, _ = lemol.iterate(m, env, args)
-    data = m.play["data"][:, args.batch_size :, :-1]  # (R, E, L, D)
+    data = m.data[:, args.batch_size :, :-1]  # (R, E, L, D)
     events, obs, target, valid = lemol.parts_of(lemol.event_of(data, m.where, m.lemol).flatten(1, 2), m)
     with torch.no_grad():
         logp, _ = m.om(events, obs, m.om.start(m.runs))
@@ -241,7 +241,7 @@ def test_m3ddpg_with_eps_0_is_maddpg_and_its_released_actor_too():
 def test_critic_target_by_hand(monkeypatch):
     m, _, args = match(iterations=2)
     monkeypatch.setattr(lemol, "gumbel", lambda *shape, device: torch.zeros(shape))
-    now, after = lemol.sample(m.play["data"], m.play["valid"], 20)
+    now, after = lemol.sample(m.data, m.where, 20)
     obs = after[:, m.where["obs"]]
     got = lemol.target_actions(m, 0, after)
     q = m.q(m.theta["critic0_target"], 0, obs, got)
@@ -289,14 +289,13 @@ def test_stacked_runs_are_separate_runs(monkeypatch):
         one, _, one_args = match(iterations=0, traj_per_iter=1, good_policy="maddpg", lr=0.1)
         for k in one.theta:
             one.theta[k].copy_(m.theta[k][r : r + 1])
-        for k in ("data", "valid"):
-            one.play[k].copy_(m.play[k][r : r + 1])
+        one.data.copy_(m.data[r : r + 1])
         for k in one.sizes:  # nothing of the past in the optimisers
             one.adam[k].state.clear(), m.adam[k].state.clear()
         pieces.append((one, one_args))
-    m.play["data"][..., m.where["reward"]] *= 50  # gradients above the clipping norm
+    m.data[..., m.where["reward"]] *= 50  # gradients above the clipping norm
     for one, _ in pieces:
-        one.play["data"][..., m.where["reward"]] *= 50
+        one.data[..., m.where["reward"]] *= 50
     draws, true_rand = {}, torch.rand
     monkeypatch.setattr(torch, "rand", lambda *s: draws["next"](s[0] if len(s) == 1 else s))
     for step in range(20):
@@ -357,9 +356,9 @@ def test_no_gradient_crosses_between_model_and_players():
 def test_replay_successor_is_the_next_row():
     m, env, args = match(iterations=2)
     where, L = m.where, args.max_episode_len
-    now, after = lemol.sample(m.play["data"], m.play["valid"], 2000)
-    data = m.play["data"][:, : m.episode]
-    assert m.episode == 7 and m.play["valid"].sum((1, 2)).tolist() == [7 * L] * 2
+    now, after = lemol.sample(m.data, m.where, 2000)
+    data = m.data[:, : m.episode]
+    assert m.episode == 7 and m.data[..., where["valid"]].sum((1, 2, 3)).tolist() == [7 * L] * 2
     ends = (torch.arange(L) == L - 1).float().expand(2, 7, L)
     assert torch.equal(data[:, :, :L, where["done"]][..., 0], ends)
     last = now[:, where["done"].start] == 1
@@ -374,11 +373,11 @@ def test_early_ends_are_masked():
     m, *_ = match(iterations=3, env="uav", discrete_actions=True, max_episode_len=8,
                  agent_update_freq=8, num_episodes=30, batch_size=20, segment=5)
     where, L = m.where, 8
-    data = m.play["data"][:, : m.episode, :L]
+    data = m.data[:, : m.episode, :L]
     done, valid = data[..., where["done"]][..., 0], data[..., where["valid"]][..., 0]
     assert torch.equal(valid[..., 1:], valid[..., :-1] * (1 - done[..., :-1])) and (valid[..., 0] == 1).all()
     assert 0 < valid.mean() < 1
-    now, _ = lemol.sample(m.play["data"], m.play["valid"], 500)
+    now, _ = lemol.sample(m.data, m.where, 500)
     assert (now[:, where["valid"]] == 1).all()
     event = lemol.event_of(data, where, m.lemol)
     assert (event[valid == 0] == 0).all() and (event[valid == 1][:, -1] == 1).all()
@@ -396,8 +395,8 @@ def test_every_kind_of_run_trains(kw):
 
 def test_replay_rows_are_drawn_uniformly_among_the_valid_ones():
     valid = torch.tensor([[[1.0, 1, 0], [1, 0, 0]], [[1, 1, 0], [1, 1, 0]]])  # (R, E, L + 1)
-    data = torch.arange(12.0).view(2, 2, 3, 1)
-    now, after = lemol.sample(data, valid, 30_000)
+    data = torch.stack([torch.arange(12.0).view(2, 2, 3), valid], 3)
+    now, after = (x[:, :1] for x in lemol.sample(data, dict(valid=slice(1, 2)), 30_000))
     assert torch.equal(after, now + 1)
     for r, rows in enumerate(([0, 1, 3], [6, 7, 9, 10])):
         found, counts = now[r, 0].unique(return_counts=True)
@@ -418,7 +417,7 @@ def test_the_twin_has_the_same_gradients(monkeypatch):
     """Both critics and actors, on the same rows of replay, without noise."""
     m, env, args = match(iterations=2, polyak=0.0, **WHOLE)
     agents = [twin.Agent(i, env.obs_dims, env.action_dims, i == 0) for i in (0, 1)]
-    rows = m.play["data"][0, : m.episode]
+    rows = m.data[0, : m.episode]
     now, after = rows[:, :-1].flatten(0, 1), rows[:, 1:].flatten(0, 1)  # (n, D)
     for i, agent in enumerate(agents):
         for name in ("actor", "critic"):
