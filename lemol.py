@@ -254,7 +254,9 @@ def mlp(flat, sizes, x):
     """Nets (R, P) of layers `sizes` on x (R, F, B) -> (R, out, B)"""
     parts = flat.split(tensor_sizes(sizes), 1)
     for k, (n, m) in enumerate(itertools.pairwise(sizes)):
-        x = torch.baddbmm(parts[2 * k + 1].view(-1, m, 1), parts[2 * k].view(-1, m, n), x)
+        weight = parts[2 * k].view(-1, m, n)
+        bias = parts[2 * k + 1].view(-1, m, 1)
+        x = torch.baddbmm(bias, weight, x)  # (R, m, B)
         x = x.relu_() if k < len(sizes) - 2 else x
     return x
 
@@ -333,18 +335,19 @@ class OpponentModel(nn.Module):
 
     def forward(self, events, obs, hc):
         """eqs. (2) and (3) over a chunk: events (M, T, X), obs (M, T, O) -> log a~ (M, T, A), next (h, c)."""
-        M, T, L = *obs.shape[:2], self.length
+        (M, T), L = obs.shape[:2], self.length
         # the learning state, one episode late
         h = hc[0][:, None].expand(-1, T // L, -1)
         if hc.shape[2]:
-            summary = self.embed(events.reshape(-1, L, events.shape[2])).view(M, T // L, -1)
+            blocks = events.reshape(-1, L, events.shape[2])  # (M T / L, L, X)
+            summary = self.embed(blocks).view(M, T // L, -1)  # (M, T / L, 2 H)
             seq, after = self.core(summary, tuple(s[None].contiguous() for s in hc))
             h = shift_right(seq, hc[0])  # (M, T / L, H)
             hc = torch.cat(after)
         # the episode so far
-        blocks = obs.reshape(-1, L, obs.shape[2])
+        blocks = obs.reshape(-1, L, obs.shape[2])  # (M T / L, L, O)
         u = tuple(s[None].contiguous() for s in self.begin(len(blocks)))
-        z = self.episode(blocks, u)[0].reshape(M, T, -1)
+        z = self.episode(blocks, u)[0].reshape(M, T, -1)  # (M, T, U)
         return self.guess(z, h.repeat_interleave(L, 1)), hc
 
 
@@ -352,9 +355,9 @@ class OpponentModel(nn.Module):
 # N = R W envs: W = 1 while players learn, W = B in the exploration before it, where nobody learns yet. The
 # opponent acts first, because the oracles want to see it; a model does not. An episode becomes L + 1 replay
 # rows, of which the last holds the final observation alone: the successor of row t is row t + 1, always.
-def harden(x, dim=-1):
-    """One-hot of the largest entry."""
-    return torch.zeros_like(x).scatter_(dim, x.argmax(dim, keepdim=True), 1.0)
+def harden(x):
+    """One-hot of the largest entry: (N, A) -> (N, A)"""
+    return torch.zeros_like(x).scatter_(1, x.argmax(1, keepdim=True), 1.0)
 
 
 def gumbel(*shape, device="cpu"):
@@ -367,8 +370,8 @@ def gumbel_softmax(logits, noise, dim=1):
 
 
 def make_guess(match, obs, action, logits, h, u):
-    """What LeMOL takes for the other's action in this step: his observation (N, O), the other's true action
-    and logits (N, A), which only the oracles look at, and the model's states -> a~ (N, A), next u."""
+    """What LeMOL takes for the other's action now. obs (N, O) is its own; action and logits (N, A) are the
+    other's, and only the oracles look at them; h and u are the model's states. -> a~ (N, A), next u"""
     om = match.args.om
     if om == "oracle":
         return action, u
@@ -391,32 +394,33 @@ def rollout(env, match, args, update=None):
     order = (0, 1) if i is None else (1 - i, i)
     noise = [gumbel(L, R, A, N // R, device=args.device) for A in match.act_dims]
     # the envs and the model's memory start
-    obs = env.reset()
+    obs = env.reset()  # of both agents
     rows = torch.zeros(N, L + 1, match.where["all"].stop, device=args.device)
     over = torch.zeros(N, dtype=torch.bool, device=args.device)
+    guess = torch.zeros(N, 0, device=args.device)  # where nobody guesses
     h = u = None
     if match.om:
-        h = match.hc[0].repeat_interleave(N // R, 0)
-        u = match.om.begin(N)
+        h = match.hc[0].repeat_interleave(N // R, 0)  # (N, H)
+        u = match.om.begin(N)  # (2, N, U)
 
     for t in range(L):
         if update is not None:
             update(t)
         # one acts after the other
-        action, logits, guess = [None, None], [None, None], ()
+        action, logits = [None, None], [None, None]
         for j in order:
-            x = obs[j]
+            x = obs[j]  # (N, O_j)
             if j == i:
-                *guess, u = make_guess(match, x, action[1 - i], logits[1 - i], h, u)
-                x = torch.cat([x, *guess], 1)
+                guess, u = make_guess(match, x, action[1 - i], logits[1 - i], h, u)
+                x = torch.cat([x, guess], 1)
             out = match.actor(j, x.view(R, -1, x.shape[1]).mT)  # (R, A, W)
-            logits[j] = out.mT.reshape(N, -1)
+            logits[j] = out.mT.reshape(N, -1)  # (N, A)
             action[j] = gumbel_softmax(out, noise[j][t]).mT.reshape(N, -1)
             action[j] = harden(action[j]) if args.discrete_actions else action[j]
         # what the step brings
         after, reward, terminated, truncated, _ = env.step(action)
-        end = terminated | truncated  # [D6]
-        rows[:, t] = torch.cat([*obs, *action, reward, end[:, None], ~over[:, None], *guess], 1)
+        end = terminated | truncated  # [D6], (N,)
+        rows[:, t] = torch.cat([*obs, *action, reward, end[:, None], ~over[:, None], guess], 1)
         obs, over = after, terminated
     rows[:, L, match.where["obs"]] = torch.cat(obs, 1)
     return rows
@@ -437,7 +441,7 @@ def sample(data, where, batch):
     pick = torch.searchsorted(count, number.minimum(count[:, -1:]))  # (R, B)
     # the same in all runs' rows
     pick = (pick + torch.arange(R, device=pick.device)[:, None] * count.shape[1]).flatten()
-    flat = data.view(-1, D)
+    flat = data.view(-1, D)  # (R E (L + 1), D)
     return [flat.index_select(0, p).view(R, batch, D).mT.contiguous() for p in (pick, pick + 1)]
 
 
@@ -477,7 +481,7 @@ def model_loss(logp, action, valid):
 # an iteration does is either the beginning of a cycle or a segment of its episodes.
 def clip_each(grad, sizes, max_norm=0.5):
     """Every weight and bias tensor of every run to a norm of its own, as in the released code: (R, P)."""
-    parts = grad.split(tensor_sizes(sizes), 1)
+    parts = grad.split(tensor_sizes(sizes), 1)  # (R, n) each
     return torch.cat([g * (max_norm / g.norm(dim=1, keepdim=True).clamp(min=max_norm)) for g in parts], 1)
 
 
@@ -485,16 +489,17 @@ class Match:
     """R learning runs in lock-step, and the models that outlive them."""
 
     def __init__(self, args, env):
-        self.args, self.kinds = args, (args.bad_policy, args.good_policy)
+        self.args = args
         self.runs = R = args.traj_per_iter
+        self.kinds = (args.bad_policy, args.good_policy)
         self.lemol = i = self.kinds.index("lemol") if "lemol" in self.kinds else None  # who has a model
         self.obs_dims, self.act_dims = tuple(env.obs_dims), tuple(env.action_dims)
         guess_dim = 0 if i is None else self.act_dims[1 - i]
         self.where = layout(self.obs_dims, self.act_dims, guess_dim)
         # the model that is played, and an ablated one beside it
-        self.models = {}
+        self.models = {}  # in play, the one called "om"
         if trains_model(args):
-            event = guess_dim + self.obs_dims[i] + self.act_dims[i] + 2
+            event = guess_dim + self.obs_dims[i] + self.act_dims[i] + 2  # X
             kinds = {"om": "ep", "ablated": "ablated"} if args.om == "ep" else {"om": "ablated"}
             for name, kind in kinds.items():
                 model = OpponentModel(kind, self.obs_dims[i], event, guess_dim, args)
@@ -502,10 +507,10 @@ class Match:
         self.om = self.models.get("om")
         # the players: layers, weights, optimisers
         units = (args.num_units, args.num_units)
-        seen = [self.obs_dims[j] + guess_dim * (j == i) for j in (0, 1)]
+        seen = [self.obs_dims[j] + guess_dim * (j == i) for j in (0, 1)]  # what an actor reads
         self.sizes = {f"actor{j}": (seen[j], *units, self.act_dims[j]) for j in (0, 1)}
         self.sizes |= {f"critic{j}": (self.where["joint"].stop, *units, 1) for j in (0, 1)}
-        self.theta = {}
+        self.theta = {}  # (R, P) each
         for name, sizes in self.sizes.items():
             for key in (name, f"{name}_target"):
                 self.theta[key] = torch.zeros(R, sum(tensor_sizes(sizes)), device=args.device)
@@ -572,7 +577,7 @@ def target_actions(match, j, after):
     for k in (0, 1) if i is None else (1 - i, i):
         x = after[:, match.where[f"obs{k}"]]
         x = torch.cat([x, action[1 - k]], 1) if k == i else x
-        logits = match.actor(k, x, "_target")
+        logits = match.actor(k, x, "_target")  # (R, A_k, B)
         action[k] = gumbel_softmax(logits, gumbel(*logits.shape, device=x.device))
     if match.kinds[j] == "mmmaddpg":
 
@@ -596,17 +601,17 @@ def learn(match, j, args):
     with torch.no_grad():
         next_q = match.q(theta[f"critic{j}_target"], j, obs_after, target_actions(match, j, after))
         y = critic_target(now[:, where["reward"].start + j], now[:, where["done"].start], next_q, args.gamma)
-    flat = theta[f"critic{j}"].detach().requires_grad_()
+    flat = theta[f"critic{j}"].detach().requires_grad_()  # (R, P)
     q_loss = critic_loss(match.q(flat, j, obs, action), y)
     match.descend(f"critic{j}", q_loss, flat)
 
     # the actor's step; a guess has no gradient: phi learns from eq. (8) alone
-    x = now[:, where[f"obs{j}"]]
+    x = now[:, where[f"obs{j}"]]  # (R, O_j, B)
     x = torch.cat([x, now[:, where["guess"]]], 1) if j == match.lemol else x
     flat = theta[f"actor{j}"].detach().requires_grad_()
-    logits = mlp(flat, match.sizes[f"actor{j}"], x)
+    logits = mlp(flat, match.sizes[f"actor{j}"], x)  # (R, A_j, B)
     action[j] = gumbel_softmax(logits, gumbel(*logits.shape, device=x.device))
-    q = match.q(theta[f"critic{j}"], j, obs, action)
+    q = match.q(theta[f"critic{j}"], j, obs, action)  # (R, B)
     pi_loss = actor_loss(q, logits)
     match.descend(f"actor{j}", pi_loss, flat)
 
@@ -626,7 +631,8 @@ def train_models(match, args, run=None):
     """eq. (8): J sweeps over M recorded runs; each chunk is one Adam step of each model, on the same data.
     The state goes from chunk to chunk as a constant, so the first chunk alone trains h_0 and c_0. After
     Ctrl-C it gives up: {}."""
-    runs, size = torch.cat(match.pool), args.chunk_length * args.max_episode_len
+    runs = torch.cat(match.pool)  # (all runs so far, T, X + 1)
+    size = args.chunk_length * args.max_episode_len  # steps of a chunk
     losses = {name: [] for name in match.models}
     for _ in range(args.om_training_iters):
         picks = torch.randint(len(runs), (args.num_traj_to_train,)).tolist()
@@ -634,11 +640,11 @@ def train_models(match, args, run=None):
         for t in range(0, runs.shape[1] - size + 1, size):  # an incomplete last chunk is dropped
             if run and run.interrupted:
                 return {}
-            x = torch.stack([runs[k, t : t + size] for k in picks]).to(args.device)
+            x = torch.stack([runs[k, t : t + size] for k in picks]).to(args.device)  # (M, size, X + 1)
             events, obs, target, valid = parts_of(x, match)
             # one step of each model
             for name, om in match.models.items():
-                logp, state = om(events, obs, states[name])
+                logp, state = om(events, obs, states[name])  # (M, size, A)
                 loss = model_loss(logp, target, valid)
                 match.adam[name].zero_grad()
                 loss.backward()
@@ -679,7 +685,7 @@ def play_segment(match, env, args):
     def update(t):
         tau = (match.episode - args.batch_size) * args.max_episode_len + t
         if tau % args.agent_update_freq == 0:
-            losses.append(torch.stack([learn(match, j, args) for j in (0, 1)]))
+            losses.append(torch.stack([learn(match, j, args) for j in (0, 1)]))  # (2, 3)
 
     for _ in range(min(args.segment, args.num_episodes - match.episode)):
         rows = rollout(env, match, args, update)
@@ -713,69 +719,59 @@ def iterate(match, env, args, run=None):
 # evaluating does not change what is learned.
 @torch.no_grad()
 def finish_cycle(match, args):
-    """Hand the runs of a cycle over to the models, and note its curves, in tenths. -> {tag: value}"""
+    """Hand the runs of a cycle over to the models, and note what it brought. -> {tag: value}"""
     data = match.data[:, args.batch_size :]  # (R, E, L + 1, D), without the exploration
-    returns = returns_of(data, match.where)
-    curve = {f"return_{j}": returns[..., j] for j in (0, 1)}  # (R, E)
+    returns = returns_of(data, match.where).mean((0, 1))  # (2,)
+    entry = {f"return_{j}": returns[j].item() for j in (0, 1)}
     if match.lemol is not None:
         runs = event_of(data[:, :, :-1], match.where, match.lemol).flatten(1, 2)  # (R, T, X + 1)
         match.pool.append(runs.cpu())
         for name, om in match.models.items():
-            curve[f"{name}_ce"], curve[f"{name}_acc"] = recount(match, om, runs)
-    tenths = {name: x.tensor_split(min(10, x.shape[1]), 1) for name, x in curve.items()}
-    match.history.append({name: [x.mean().item() for x in parts] for name, parts in tenths.items()})
-    return {f"cycle/{name}": x.mean() for name, x in curve.items()}
+            entry[f"{name}_ce"], entry[f"{name}_acc"] = recount(match, om, runs)
+    match.history.append(entry)
+    return {f"cycle/{name}": x for name, x in entry.items()}
 
 
 @torch.no_grad()
 def recount(match, om, runs):
-    """Mean cross-entropy and accuracy of a model in each episode of runs (R, T, X + 1): (2, R, E)."""
-    L, hc, found = match.args.max_episode_len, om.start(len(runs)), []
-    for x in runs.split(100 * L, 1):  # for the memory's sake
+    """Mean cross-entropy and accuracy of a model on recorded runs (R, T, X + 1)."""
+    hc, total = om.start(len(runs)), 0
+    for x in runs.split(100 * match.args.max_episode_len, 1):  # for the memory's sake
         events, obs, target, valid = parts_of(x, match)
-        logp, hc = om(events, obs, hc)
+        logp, hc = om(events, obs, hc)  # (R, T, A)
         hit = logp.argmax(-1) == target.argmax(-1)
-        both = torch.stack([-(logp * target).sum(-1), hit]) * valid  # (2, R, T)
-        found.append(both.unflatten(2, (-1, L)).sum(3) / valid.unflatten(1, (-1, L)).sum(2))
-    return torch.cat(found, 2)
+        both = torch.stack([-(logp * target).sum(-1), hit])  # (2, R, T)
+        total = total + (both * valid).sum((1, 2))
+    return (total / runs[..., -1].sum()).tolist()
 
 
 @torch.no_grad()
 def evaluate(match, args, env=None):
-    """{"return_j": (R,)} of the players as they are."""
+    """{tag: value}: returns of the players as they are, and what each cycle before brought."""
     with torch.random.fork_rng():
         torch.manual_seed((args.seed + 10_000) % 2**64)
         rows = rollout(env or make_env(args, match.runs * args.eval_episodes), match, args)
     returns = returns_of(rows, match.where).view(match.runs, -1, 2).mean(1)  # (R, 2)
-    return {f"return_{j}": returns[:, j] for j in (0, 1)}
-
-
-def interval(x):
-    """Half width of the 95 % interval of the mean over dimension 0."""
-    return (1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))).item()
-
-
-def summary(results, match):
-    """{tag: value} of an evaluation, and of each cycle before it, whole and in tenths."""
+    half = 1.96 * returns.std(0, correction=min(1, match.runs - 1)) / math.sqrt(match.runs)
     values = {}
-    for name, x in results.items():
-        values |= {f"eval/{name}": x.mean().item(), f"eval/{name}_ci95": interval(x)}
+    for j in (0, 1):
+        values[f"eval/return_{j}"] = returns[:, j].mean().item()
+        values[f"eval/return_{j}_ci95"] = half[j].item()
     for number, entry in enumerate(match.history, 1):
-        for name, tenths in entry.items():
-            tag = f"eval/cycle_{number}/{name}"
-            values |= {tag: sum(tenths) / len(tenths)} | {f"{tag}/{k}": x for k, x in enumerate(tenths, 1)}
+        values |= {f"eval/cycle_{number}/{name}": x for name, x in entry.items()}
     return values
 
 
-def table(results, match, args):
-    """Who got what in the end, and how good the models were in each cycle."""
+def table(values, match, args):
+    """Who got what in the end; returns and models in each cycle."""
     lines = [f"{args.env}, {' : '.join(match.kinds)}, {match.runs} runs"]
-    for name, x in results.items():
-        lines.append(f"{name} of the last policies: {x.mean():.2f} ± {interval(x):.2f}")
+    for j in (0, 1):
+        mean, half = (values[f"eval/return_{j}{end}"] for end in ("", "_ci95"))
+        lines.append(f"return_{j} of the last policies: {mean:.2f} ± {half:.2f}")
     # om: the model that was played; ce: cross-entropy; acc: accuracy
     for name in match.history[0] if match.history else ():
-        means = [sum(entry[name]) / len(entry[name]) for entry in match.history]
-        lines.append(f"{name:12s} in each cycle:" + "".join(f"{mean:9.3f}" for mean in means))
+        row = "".join(f"{entry[name]:9.3f}" for entry in match.history)
+        lines.append(f"{name:12s} in each cycle:{row}")
     return "\n".join(lines)
 
 
@@ -881,10 +877,10 @@ class Run:
 
 
 # ================================================================ 8. Train
-def report(match, args, results, folder, step):
+def report(match, args, values, folder, step):
     """Print the table of an evaluation and write eval.json."""
-    print(table(results, match, args))
-    write_eval(folder, summary(results, match) | {"global_step": step, "seed": args.seed})
+    print(table(values, match, args))
+    write_eval(folder, values | {"global_step": step, "seed": args.seed})
 
 
 def train(args):
@@ -917,8 +913,8 @@ def train(args):
             step += steps
             done = step >= args.total_steps
             if done or args.eval_every and iteration % args.eval_every == 0:
-                results = evaluate(match, args)
-                logs |= summary(results, match)
+                values = evaluate(match, args)
+                logs |= values
             ended = match.episode == args.num_episodes  # the end of a cycle is always saved
             text = f"cycle {len(match.history) + (not ended)}: return {logs['charts/episodic_return']:.2f}"
             text += f", cross-entropy {logs['cycle/om_ce']:.3f}" if "cycle/om_ce" in logs else ""
@@ -927,7 +923,7 @@ def train(args):
             if stop or ended or iteration % args.save_every == 0:
                 run.save(step, iteration=iteration, **match.state())
         if done:
-            report(match, args, results, run.dir, step)
+            report(match, args, values, run.dir, step)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

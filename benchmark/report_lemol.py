@@ -94,7 +94,10 @@ def models(axes, result):
 def returns(ax, results):
     """Return of agent 0 along both sides' learning, in each method's last cycle; intervals at the end."""
     for result in results:
-        mean, half = along(result, "return_0", cycles(result))
+        found = along(result, "return_0", cycles(result))
+        if not found:  # results of today's script have no tenths: metrics.csv shows the learning
+            continue
+        mean, half = found
         x, color = range(1, len(mean) + 1), STYLE[method(result)]
         ax.plot(x, mean, color=color, lw=1.4)
         ax.errorbar(x[-1], mean[-1], half[-1], color=color, capsize=3)

@@ -57,7 +57,7 @@ def test_lemol_foresees_a_new_learner_better_than_a_model_without_learning_state
     assert result["eval/cycle_2/om_ce"] < 1.46
     assert result["eval/cycle_2/om_ce"] < result["eval/cycle_2/ablated_ce"] - 0.04
     assert result["eval/cycle_2/om_acc"] > result["eval/cycle_2/ablated_acc"] + 0.05
-    assert result["eval/cycle_2/return_1/10"] > result["eval/cycle_2/return_1/1"] + 10  # the attacker learns
+    assert result["eval/return_1"] > -18  # the attacker learns: -26 by chance
 
 
 def test_mg2l_tells_hidden_targets_from_what_one_agent_saw(tmp_path):
