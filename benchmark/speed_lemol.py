@@ -1,6 +1,6 @@
 """
-How fast lemol.py learns, updates included, beside naive_lemol.py, which plays one run after another, and the
-arithmetic's floor. Used by speed.py.
+How fast lemol.py learns, updates included, beside tests/oracles/lemol.py, which plays one run after another,
+and the arithmetic's floor. Used by speed.py. tests/test_lemol.py shows that both compute the same.
 """
 
 import time
@@ -24,18 +24,21 @@ def cases(quick, all_threads):
 
 
 def settings(case, **more):
+    import torch
+
     import lemol
 
-    args = lemol.Args(env="simple_push", profile=case["profile"], traj_per_iter=case["runs"],
-                      num_threads=case["threads"], **more)
-    lemol.set_up(lemol.resolve(args))
+    sizes = lemol.PAPER if case["profile"] == "paper" else {}
+    args = lemol.Args(**(sizes | dict(traj_per_iter=case["runs"]) | more))
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(case["threads"])
     return lemol, args, lemol.Match(args, lemol.make_env(args, 1))
 
 
 def measure_batched(case):
     """Episodes after the exploration: 25 steps in each run and an update of both agents."""
     lemol, args, match = settings(case, segment=case["episodes"])
-    env = lemol.make_env(args, match.game.runs)
+    env = lemol.make_env(args, match.runs)
     lemol.iterate(match, env, args)  # the exploration
     lemol.iterate(match, env, args)
     return clocked(lambda: lemol.iterate(match, env, args))
@@ -47,14 +50,20 @@ def measure_models(case):
 
     lemol, args, match = settings(case)
     args.om_training_iters = 1
-    match.pool = [torch.rand(8, case["episodes"] * args.max_episode_len, match.event_size)]
+    event = match.act_dims[1] + match.obs_dims[0] + match.act_dims[0] + 3
+    match.pool = [torch.rand(8, case["episodes"] * args.max_episode_len, event)]
     lemol.train_models(match, args)
     return clocked(lambda: lemol.train_models(match, args))
 
 
 def measure_naive(case):
-    import naive_lemol as naive
+    import sys
+    from pathlib import Path
+
     import torch
+
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    import oracles.lemol as naive
 
     import envs
 
@@ -73,61 +82,6 @@ def clocked(call):
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def check():
-    """The twin computes what the script computes: the same gradients of both critics and both actors, on the
-    same minibatch, without noise. Returns what was found."""
-    import random
-
-    import naive_lemol as naive
-    import torch
-
-    import envs
-
-    lemol, args, match = settings(dict(profile="quick", runs=1, threads=1), polyak=0.0)
-    where, L = match.where, 25
-    env = envs.make("simple_push", 1, horizon=L, dialect="mpe")
-    agents = [naive.Agent(i, env.obs_dims, env.action_dims, i == 0) for i in (0, 1)]
-    with torch.no_grad():
-        for i, agent in enumerate(agents):
-            for name in ("actor", "critic"):
-                flat = torch.cat([p.flatten() for p in getattr(agent, name).parameters()])
-                match.theta[f"{name}{i}"][0] = match.theta[f"{name}{i}_target"][0] = flat
-        play = lemol.rollout(lemol.make_env(args, 4), match, args, advance=False)
-    now, after = play.rows[:, :-1].flatten(0, 1), play.rows[:, 1:].flatten(0, 1)
-    value = lambda rows, name: rows[:, where[name]]
-    for i, agent in enumerate(agents):
-        columns = [value(now, f"obs{i}"), value(now, f"act{i}"), value(now, "reward")[:, i],
-                   value(after, f"obs{i}"), value(now, "done")[:, 0], *[value(now, "guess")] * (i == 0)]
-        for row in zip(*columns):
-            agent.buffer.add(*(x.numpy() for x in row))
-    found, kept, worst = [], (naive.sample, naive.step, random.randint, lemol.gumbel), 0.0
-    match.replay.sample = lambda batch: [x.T[None].contiguous() for x in (now, after)]
-    order = iter(list(range(len(now))) * 2)
-
-    def step(net, adam, loss):
-        adam.zero_grad()
-        loss.backward()
-        for p in net.parameters():
-            torch.nn.utils.clip_grad_norm_(p, 0.5)
-        found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-
-    try:
-        naive.sample, naive.step = lambda logits: logits.softmax(-1), step
-        random.randint, lemol.gumbel = lambda a, b: next(order), lambda *shape, device: torch.zeros(shape)
-        for adam in match.adam.values():
-            adam.step = lambda: None
-        for i in (0, 1):
-            naive.update(agents, i, len(now))
-            lemol.learn(match, i, args)
-    finally:
-        naive.sample, naive.step, random.randint, lemol.gumbel = kept
-    for name, theirs in zip(("critic0", "actor0", "critic1", "actor1"), found):
-        ours = match.theta[name].grad[0]
-        worst = max(worst, float((ours - theirs).norm() / theirs.norm()))
-    assert worst < 1e-3, f"the twin's gradients differ by {worst:.1e} of their norm"
-    return f"the twin's gradients differ by {worst:.0e} of their norm"
 
 
 MEASURES = {"batched": measure_batched, "naive": measure_naive, "models": measure_models}

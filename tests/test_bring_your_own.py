@@ -110,11 +110,12 @@ def test_a_script_refuses_what_it_cannot_play_in_one_line(name, env, monkeypatch
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("name, example", [("tesp", "own_tasks"), ("coded_maddpg", "own_env")])
+@pytest.mark.parametrize("name, example", [("maml_rl", "own_tasks"), ("coded_maddpg", "own_env")])
 def test_the_examples_of_readme(name, example, monkeypatch, tmp_path):
     module, args = script(name)
     monkeypatch.setattr(module, "make_env", module.make_env)  # the example changes it
     args = args | dict(env="mine", run_dir=tmp_path / "r", horizon=5)
     monkeypatch.setattr(sys, "argv", ["own.py", *words(**args)])
     runpy.run_path(EXAMPLES / f"{example}.py")
+    assert (EXAMPLES / f"{example}.py").read_text().strip() in (ROOT / "README.md").read_text()
     assert (tmp_path / "r" / "checkpoint.pt").exists()

@@ -52,12 +52,13 @@ def test_coded_maddpg_spreads_out(tmp_path):
 
 
 def test_lemol_foresees_a_new_learner_better_than_a_model_without_learning_state(tmp_path):
-    result = final(lemol, tmp_path, env="simple_push", num_episodes=628, n_opp_cycles=2, om_training_iters=10)
+    result = final(lemol, tmp_path, env="simple_push", num_episodes=628, n_opp_cycles=2, om_training_iters=10,
+                   total_steps=251_200)
     assert result["eval/cycle_1/om_ce"] > 1.55  # untrained: ln 5 = 1.61
     assert result["eval/cycle_2/om_ce"] < 1.46
     assert result["eval/cycle_2/om_ce"] < result["eval/cycle_2/ablated_ce"] - 0.04
     assert result["eval/cycle_2/om_acc"] > result["eval/cycle_2/ablated_acc"] + 0.05
-    assert result["eval/cycle_2/return_1/10"] > result["eval/cycle_2/return_1/1"] + 10  # the attacker learns
+    assert result["eval/return_1"] > -18  # the attacker learns: -26 by chance
 
 
 def test_mg2l_tells_hidden_targets_from_what_one_agent_saw(tmp_path):

@@ -1,66 +1,68 @@
 """The maths of lemol.py: opponent model, critics and worlds, by hand and by scripted learners."""
 
 import math
+import random
 from types import SimpleNamespace
 
-import numpy as np
+import oracles.lemol as twin
 import pytest
 import torch
 
-import envs
 import lemol
 from lemol import OpponentModel, gumbel, gumbel_softmax
 
 SMALL = dict(env="simple_push", batch_size=4, num_episodes=10, segment=3, traj_per_iter=2, chunk_length=2,
-             num_units=8, max_episode_len=5, lstm_hidden_dim=6, episode_embedding_dim=6, in_ep_lstm_dim=4,
-             num_traj_to_train=2, om_training_iters=1, num_threads=1, eval_episodes=2, n_opp_cycles=2)
+             num_units=8, max_episode_len=5, lstm_hidden_dim=6, in_ep_lstm_dim=4, num_traj_to_train=2,
+             om_training_iters=1, eval_episodes=2, n_opp_cycles=2, agent_update_freq=5)
+
+# for tests/test_scripts.py: three iterations are a cycle
+TINY, STEPS = SMALL, 2 * 4 * 5
+BAD = ["--agent-update-freq 1", "--chunk-length 2000", "--env simple_crypto", "--env simple_reference",
+       "--good-policy lemol", "--gamma 2", "--bad-policy ddpg", "--om flat"]
 
 
 def match(seed=1, iterations=0, **kw):
     """A Match after so many iterations, its world and its args."""
-    args = lemol.resolve(lemol.Args(**(SMALL | dict(seed=seed) | kw)))
-    lemol.set_up(args)
+    args = lemol.Args(**(SMALL | dict(seed=seed) | kw))
+    lemol.check(args)
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
     m = lemol.Match(args, lemol.make_env(args, 1))
-    env = lemol.make_env(args, m.game.runs)
+    env = lemol.make_env(args, m.runs)
     for _ in range(iterations):
         lemol.iterate(m, env, args)
     return m, env, args
 
 
-def model(kind="ep", obs=3, event=7, splits=(4,), length=5, H=6, E=6, recurrent=True, seed=0, **kw):
-    torch.manual_seed(seed)
-    args = SimpleNamespace(max_episode_len=length, lstm_hidden_dim=H, episode_embedding_dim=E, om=kind,
-                           in_ep_lstm_dim=kw.get("u", 4), recurrent_om_prediction=recurrent)
-    return OpponentModel(kind, obs, event, splits, args)
+def model(kind="ep", obs=3, event=7, actions=4, length=5, H=6, U=4):
+    torch.manual_seed(0)
+    args = SimpleNamespace(max_episode_len=length, lstm_hidden_dim=H, in_ep_lstm_dim=U)
+    return OpponentModel(kind, obs, event, actions, args)
 
 
 # ---------------------------------------------------------------- the opponent model
 def test_parameter_counts_of_the_paper():
     count = lambda *nets: sum(p.numel() for net in nets for p in net.parameters())
-    om = model(obs=8, event=20, splits=(5,), length=25, H=64, E=128, u=32)
+    om = model(obs=8, event=20, actions=5, length=25, H=64, U=32)
     assert count(om.block) == 43_520 + 2 * 4 * 64  # torch has two biases for each gate
     assert count(om.core) == 49_408 + 4 * 64
     assert count(om.episode) == 5_248 + 4 * 32
     assert count(om.head) == 10_693
     assert om.h0.numel() + om.u0.numel() == 192
-    flat = model("flat", obs=8, event=20, splits=(5,), length=25, H=64)
-    assert count(flat.head) == (72 + 1 + 64 + 1) * 64 + 65 * 5
     m, _, _ = match(num_units=64)
     assert {k: v.shape[1] for k, v in m.theta.items() if "target" not in k} == {
         "actor0": 5_381, "critic0": 6_657, "actor1": 5_765, "critic1": 6_657}
 
 
-@pytest.mark.parametrize("kind", ["ep", "flat"])
-def test_no_event_reaches_the_guess_of_its_own_time(kind):
-    om = model(kind)
+def test_no_event_reaches_the_guess_of_its_own_time():
+    om = model()
     events, obs = torch.randn(2, 20, 7), torch.randn(2, 20, 3)
     base, _ = om(events, obs, om.start(2))
     changed = events.clone()
     changed[:, 7] += 1  # in block 1, steps 5 to 9
     logp, _ = om(changed, obs, om.start(2))
-    first = 10 if kind == "ep" else 8
-    assert torch.equal(base[:, :first], logp[:, :first])
-    assert (base[:, first:] - logp[:, first:]).abs().amax(-1).min() > 0
+    assert torch.equal(base[:, :10], logp[:, :10])
+    assert (base[:, 10:] - logp[:, 10:]).abs().amax(-1).min() > 0
 
 
 def test_an_observation_reaches_only_later_steps_of_its_block():
@@ -72,9 +74,8 @@ def test_an_observation_reaches_only_later_steps_of_its_block():
     assert moved.tolist() == [7 <= t < 10 for t in range(20)]
 
 
-@pytest.mark.parametrize("kind", ["ep", "flat"])
-def test_chunks_with_carried_state_are_one_sequence(kind):
-    om = model(kind)
+def test_chunks_with_carried_state_are_one_sequence():
+    om = model()
     with torch.no_grad():
         om.h0.normal_()
     events, obs = torch.randn(2, 30, 7), torch.randn(2, 30, 3)
@@ -88,41 +89,35 @@ def test_chunks_with_carried_state_are_one_sequence(kind):
     assert not torch.allclose(whole, torch.cat(fresh, 1), atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["ep", "flat"])
-def test_only_the_first_chunk_trains_the_initial_state(kind):
-    om, x = model(kind), torch.randn(2, 10, 10)
+def test_only_the_first_chunk_trains_the_initial_state():
+    om, x = model(), torch.randn(2, 10, 10)
     first, state = om(x[..., :7], x[..., 7:], om.start(2))
     g, = torch.autograd.grad(first.sum(-1).square().sum(), om.h0)
     assert (g.abs().sum(1) > 0).all()  # h_0 and c_0, both
-    later, _ = om(x[..., :7], x[..., 7:], tuple(s.detach() for s in state))
+    later, _ = om(x[..., :7], x[..., 7:], state.detach())
     assert torch.autograd.grad(later.square().sum(), om.h0, allow_unused=True)[0] is None
 
 
 @pytest.mark.parametrize("kw", [
-    dict(), dict(recurrent_om_prediction=False), dict(om="ablated"), dict(om="flat", agent_update_freq=3),
-    dict(discrete_actions=True), dict(env="uav"), dict(good_policy="lemol", bad_policy="ddpg"),
-    dict(env="simple_tag"), dict(env="simple_reference"), dict(env="simple_speaker_listener", om="flat")])
+    dict(), dict(om="ablated"), dict(env="uav", discrete_actions=True),
+    dict(good_policy="lemol", bad_policy="mmmaddpg")])
 def test_what_is_guessed_in_play_is_what_training_would_guess(kw):
-    m, _, args = match(iterations=1, **kw)
+    m, env, args = match(iterations=1, **kw)
     with torch.no_grad():  # so that nothing is at its neutral start
         for p in m.om.parameters():
             p.add_(0.1 * torch.randn_like(p))
-        m.hc = m.om.start(m.game.runs)
-    env = lemol.make_env(args, m.game.runs)
+        m.hc.copy_(m.om.start(m.runs))
     for _ in range(2):
         logs, _ = lemol.iterate(m, env, args)
-    first, i = args.batch_size, m.game.lemol
-    runs = m.game.event(m.replay.data[:, first:, :-1], m.where).flatten(1, 2)
+    data = m.data[:, args.batch_size :, :-1]  # (R, E, L, D)
+    events, obs, target, valid = lemol.parts_of(lemol.event_of(data, m.where, m.lemol).flatten(1, 2), m)
     with torch.no_grad():
-        ce, hit = lemol.recount(m, m.om, runs)
-    valid = m.curve["valid"][:, first:]
-    assert valid.sum() > 0 and ce.std() > 0
-    assert torch.allclose(ce * valid, m.curve["om_ce"][:, first:] * valid, atol=1e-4)
-    assert torch.equal(hit * valid, m.curve["om_acc"][:, first:] * valid)
-    if args.discrete_actions:
-        guess = m.replay.data[:, first:, :-1, m.where["guess"]]
-        assert torch.equal(guess.max(-1).values, torch.ones_like(valid))
-    assert i in (0, 1) and math.isfinite(float(logs["om/om_acc"]))
+        logp, _ = m.om(events, obs, m.om.start(m.runs))
+    guess = data[..., m.where["guess"]].flatten(1, 2)
+    wanted = torch.stack([*map(lemol.harden, logp)]) if args.discrete_actions else logp.exp()
+    assert valid.sum() > 0 and torch.allclose(wanted * valid[..., None], guess * valid[..., None], atol=1e-5)
+    # and so is what the cycle's end says of it
+    assert logs["cycle/om_ce"] == pytest.approx(lemol.model_loss(logp, target, valid).item(), abs=1e-5)
 
 
 def scripted(n, num_obs, blocks, length, drift, batch, beta=4.0):
@@ -139,9 +134,9 @@ def scripted(n, num_obs, blocks, length, drift, batch, beta=4.0):
 @pytest.mark.parametrize("kind", ["ep", "ablated"])
 def test_a_scripted_learner_is_foreseen_by_the_learning_state_alone(kind):
     n, num_obs, blocks, length = 4, 2, 12, 6
-    om = model(kind, obs=num_obs, event=n + num_obs, splits=(n,), length=length, H=32, E=32, u=32)
+    om = model(kind, obs=num_obs, event=n + num_obs, actions=n, length=length, H=32, U=32)
     adam = torch.optim.Adam(om.parameters(), 3e-3)
-    for _ in range(400):
+    for _ in range(200 if kind == "ep" else 60):
         events, obs, action = scripted(n, num_obs, blocks, length, 3, 32)
         state = om.start(32)
         for t in range(0, blocks * length, 4 * length):
@@ -150,30 +145,27 @@ def test_a_scripted_learner_is_foreseen_by_the_learning_state_alone(kind):
             adam.zero_grad()
             lemol.model_loss(logp, action[:, part], torch.ones(logp.shape[:2])).backward()
             adam.step()
-            state = tuple(x.detach() for x in state)
+            state = state.detach()
     events, obs, action = scripted(n, num_obs, blocks, length, 3, 512)
     with torch.no_grad():
         ce = -(om(events, obs, om.start(512))[0] * action).sum(-1)
     if kind == "ablated":
         assert ce.mean() > 1.35  # ln 4 = 1.386: stationary, the actions are uniform
     else:
-        assert ce.mean() < 0.41  # 0.356 is the best with a lag of one block
+        assert ce.mean() < 0.7  # 0.356 is the best with a lag of one block
         assert abs(ce[:, :length].mean() - math.log(n)) < 0.1  # nothing is known in the first block
 
 
 def test_soft_targets_are_fitted_down_to_the_entropy_of_their_mean():
     torch.manual_seed(0)
-    logits = torch.tensor([[2.0, 0, 0, 0, 0]])
-    assert lemol.entropy(logits, (5,), False, 100_000).item() == pytest.approx(1.380, abs=0.01)
-    assert lemol.entropy(logits, (5,), True).item() == pytest.approx(1.135, abs=1e-3)
-    om = model("ablated", splits=(5,), recurrent=False)
+    logits, om = torch.tensor([[2.0, 0, 0, 0, 0]]), model("ablated", actions=5)
     adam, obs = torch.optim.Adam(om.parameters(), 1e-2), torch.zeros(256, 5, 3)
     for _ in range(200):
-        action = gumbel_softmax(logits, gumbel(256, 5, 5), (5,), 2)
-        loss = lemol.model_loss(om(None, obs, ())[0], action, torch.ones(256, 5))
+        action = gumbel_softmax(logits, gumbel(256, 5, 5), 2)
+        loss = lemol.model_loss(om(None, obs, om.start(256))[0], action, torch.ones(256, 5))
         adam.zero_grad(), loss.backward(), adam.step()
-    action = gumbel_softmax(logits, gumbel(20_000, 1, 5), (5,), 2)
-    logp = om(None, obs[:1], ())[0][:, :1].detach()
+    action = gumbel_softmax(logits, gumbel(20_000, 1, 5), 2)
+    logp = om(None, obs[:1], om.start(1))[0][:, :1].detach()
     ce = lemol.model_loss(logp.expand_as(action), action, torch.ones(20_000, 1))
     assert ce == pytest.approx(1.380, abs=0.02)
     assert logp.exp()[0, 0, 0] == pytest.approx(0.504, abs=0.02)  # not 0.649, the policy's
@@ -182,33 +174,32 @@ def test_soft_targets_are_fitted_down_to_the_entropy_of_their_mean():
 # ---------------------------------------------------------------- actions, oracle
 def test_gumbel_softmax():
     torch.manual_seed(0)
-    y = gumbel_softmax(torch.tensor([2.0, 0, 0, 0, 0]), gumbel(100_000, 5), (5,))
+    y = gumbel_softmax(torch.tensor([2.0, 0, 0, 0, 0]), gumbel(100_000, 5))
     assert (y.argmax(1) == 0).float().mean() == pytest.approx(0.649, abs=0.01)
     assert y[:, 0].mean() == pytest.approx(0.504, abs=0.01)
-    y = gumbel_softmax(torch.zeros(10, 7), gumbel(10, 7), (5, 2))
-    assert torch.allclose(y[:, :5].sum(1), torch.ones(10)) and torch.allclose(y[:, 5:].sum(1), torch.ones(10))
-    hard = lemol.harden(y, (5, 2))
-    assert torch.equal(hard.sum(1), torch.full((10,), 2.0))
-    assert torch.equal(hard[:, :5].argmax(1), y[:, :5].argmax(1))
+    assert torch.equal(lemol.harden(y).argmax(1), y.argmax(1)) and (lemol.harden(y).sum(1) == 1).all()
 
 
-@pytest.mark.parametrize("p, baseline, before, after, step, rate", [
-    (1.0, 0.0, 25, -1, 3, 1.0), (0.0, 0.0, 25, -1, 3, 0.2), (0.0, 0.55, 25, -1, 3, 0.55 + 0.45 / 5),
-    (0.5, 0.0, 25, -1, 3, 0.5 + 0.5 / 5), (0.5, 0.5, 25, -1, 3, 0.75 + 0.25 / 5),
-    (1.0, 0.0, 3, 99, 3, 0.2), (1.0, 0.0, 4, 99, 3, 1.0)])
-def test_oracle_tells_the_truth_as_often_as_it_should(p, baseline, before, after, step, rate):
+@pytest.mark.parametrize("discrete", [False, True])
+def test_what_the_oracles_and_the_uninformed_guess(discrete):
     torch.manual_seed(0)
-    args = SimpleNamespace(om="oracle", discrete_actions=True, lemol_true_action_feed_proportion=p,
-                           lemol_oracle_baseline_acc=baseline, lemol_true_action_feed_before=before,
-                           lemol_true_action_feed_after=after)
-    truth = torch.nn.functional.one_hot(torch.randint(5, (20_000,)), 5).float()
-    told = lemol.feed_truth(truth, step, (5,), args)
-    assert torch.equal(told.sum(1), torch.ones(20_000))
-    assert (told == truth).all(1).float().mean() == pytest.approx(rate, abs=0.015)
-    args.om, args.discrete_actions = "uninformed", False
-    noise = lemol.feed_truth(truth, step, (5,), args)
-    assert noise.mean(0).tolist() == pytest.approx([0.2] * 5, abs=0.01)
-    assert noise.var(0).tolist() == pytest.approx([4 / 150] * 5, abs=0.002)  # of Dirichlet(1)
+    m, _, _ = match(om="oracle", discrete_actions=discrete)
+    truth, logits = torch.rand(20_000, 5), torch.randn(20_000, 5)
+
+    def guess(om):
+        m.args.om = om
+        return lemol.make_guess(m, None, truth, logits, None, None)[0]
+
+    noise = guess("uninformed")
+    assert guess("oracle") is truth
+    policy = logits.softmax(1)
+    assert torch.equal(guess("policy"), policy)
+    assert noise.mean(0).tolist() == pytest.approx([0.2] * 5, abs=0.015)
+    assert noise.sum(1).tolist() == pytest.approx([1] * 20_000)
+    if discrete:
+        assert (noise.max(1).values == 1).all()
+    else:
+        assert noise.var(0).tolist() == pytest.approx([4 / 150] * 5, abs=0.002)  # of Dirichlet(1)
 
 
 # ---------------------------------------------------------------- critics and actors
@@ -223,9 +214,9 @@ def test_m3ddpg_goes_a_length_eps_down_a_linear_q():
 
 def test_m3ddpg_first_order_drop_of_a_random_critic():
     torch.manual_seed(0)
-    net = lemol.layers(lemol.xavier(1, (37, 64, 64, 1)), (37, 64, 64, 1))
+    net, sizes = lemol.xavier(1, (37, 64, 64, 1)), (37, 64, 64, 1)
     rest, a = torch.randn(1, 32, 1024), torch.rand(1, 5, 1024, requires_grad=True)
-    q_of = lambda x: lemol.mlp(net, torch.cat([rest, x], 1))[:, 0]
+    q_of = lambda x: lemol.mlp(net, sizes, torch.cat([rest, x], 1))[:, 0]
     slope, = torch.autograd.grad(q_of(a).sum(), a)
     worse = q_of(lemol.adversary(q_of, a, torch.full((1, 1, 1), 1e-3))) - q_of(a)
     assert worse.mean().item() == pytest.approx(-1e-3 * slope.norm(dim=1).mean().item(), rel=0.02)
@@ -240,36 +231,26 @@ def test_m3ddpg_with_eps_0_is_maddpg_and_its_released_actor_too():
 
     plain, none = weights(good_policy="maddpg"), weights(good_policy="mmmaddpg", adv_eps=0.0)
     code = weights(good_policy="mmmaddpg", adv_eps=0.5)
-    paper = weights(good_policy="mmmaddpg", adv_eps=0.5, m3_actor="paper")
     assert all(torch.equal(plain[k], none[k]) for k in plain)
     assert not torch.equal(plain["critic1"], code["critic1"])
-    assert not torch.equal(code["actor1"], paper["actor1"])
     assert not torch.equal(plain["actor1"], code["actor1"])  # through its critic
 
 
-@pytest.mark.parametrize("mode", ["central", "local", "alone"])
-def test_critic_target_by_hand(mode, monkeypatch):
-    kw = {"central": None, "local": "decentralise_lemol_obs", "alone": "fully_decentralise_lemol"}[mode]
-    kw = {kw: True} if kw else {}
-    m, _, args = match(iterations=2, **kw)
+def test_critic_target_by_hand(monkeypatch):
+    m, _, args = match(iterations=2)
     monkeypatch.setattr(lemol, "gumbel", lambda *shape, device: torch.zeros(shape))
-    now, after = m.replay.sample(args.batch_size)
+    now, after = lemol.sample(m.data, m.where, 20)
     obs = after[:, m.where["obs"]]
     got = lemol.target_actions(m, 0, after)
     q = m.q(m.theta["critic0_target"], 0, obs, got)
     y = lemol.critic_target(now[:, m.where["reward"].start], now[:, m.where["done"].start], q, args.gamma)
-    for r in range(m.game.runs):
+    for r in range(m.runs):
         net = lambda name, x, r=r: by_hand(m.theta[name][r], m.sizes[name.replace("_target", "")], x)
-        for b in range(args.batch_size):
+        for b in range(20):
             o0, o1 = after[r, :8, b], after[r, 8:27, b]
-            if mode == "alone":
-                u = after[r, m.where["mind"], b].chunk(2)
-                logp, _ = m.om.predict(o0[None], m.om.remember(m.hc[0][r : r + 1]), tuple(x[None] for x in u))
-                other = logp.exp()[0].detach()
-            else:
-                other = net("actor1_target", o1).softmax(0)
+            other = net("actor1_target", o1).softmax(0)
             mine = net("actor0_target", torch.cat([o0, other])).softmax(0)
-            seen = torch.cat([o0, o1 * (mode == "central"), mine, other])
+            seen = torch.cat([o0, o1, mine, other])
             d, reward = now[r, m.where["done"].start, b], now[r, m.where["reward"].start, b]
             want = reward + 0.95 * (1 - d) * net("critic0_target", seen)[0]
             assert y[r, b] == pytest.approx(want.item(), abs=1e-5)
@@ -306,14 +287,13 @@ def test_stacked_runs_are_separate_runs(monkeypatch):
         one, _, one_args = match(iterations=0, traj_per_iter=1, good_policy="maddpg", lr=0.1)
         for k in one.theta:
             one.theta[k].copy_(m.theta[k][r : r + 1])
-        for k in ("data", "index", "count"):
-            getattr(one.replay, k).copy_(getattr(m.replay, k)[r : r + 1])
+        one.data.copy_(m.data[r : r + 1])
         for k in one.sizes:  # nothing of the past in the optimisers
             one.adam[k].state.clear(), m.adam[k].state.clear()
         pieces.append((one, one_args))
-    m.replay.data[..., m.where["reward"]] *= 50  # gradients above the clipping norm
+    m.data[..., m.where["reward"]] *= 50  # gradients above the clipping norm
     for one, _ in pieces:
-        one.replay.data[..., m.where["reward"]] *= 50
+        one.data[..., m.where["reward"]] *= 50
     draws, true_rand = {}, torch.rand
     monkeypatch.setattr(torch, "rand", lambda *s: draws["next"](s[0] if len(s) == 1 else s))
     for step in range(20):
@@ -335,26 +315,15 @@ def test_stacked_runs_are_separate_runs(monkeypatch):
             assert torch.allclose(m.theta[k][r], one.theta[k][0], atol=1e-4, rtol=1e-4), k
 
 
-def test_ddpg_is_blind_to_the_other_and_runs_may_differ():
-    m, env, args = match(iterations=2, good_policy="maddpg_ddpg_mmmaddpg")
-    assert m.game.runs == 6 and m.game.kinds[1] == ("maddpg",) * 2 + ("ddpg",) * 2 + ("mmmaddpg",) * 2
-    obs, a = torch.randn(6, 27, 4), [torch.rand(6, 5, 4), torch.rand(6, 5, 4)]
-    q = m.q(m.theta["critic1"], 1, obs, a)
-    obs[:, :8], a[0] = 0, torch.zeros(6, 5, 4)
-    changed = (m.q(m.theta["critic1"], 1, obs, a) - q).abs().amax(1) > 0
-    assert changed.tolist() == [True] * 2 + [False] * 2 + [True] * 2
-    assert m.eps[1].flatten().tolist() == pytest.approx([0] * 4 + [1e-3] * 2) and m.eps[0] is None
-    used = lemol.xavier(2, (100, 20), torch.tensor([100.0, 10.0]))[:, :2000]
-    assert used.abs().amax(1).tolist() == pytest.approx([math.sqrt(6 / 120), math.sqrt(6 / 30)], rel=0.02)
-
-
 def test_targets_follow_and_start_where_they_should():
     m, _, args = match(polyak=1e-4)
+    m.restart()
     assert all(torch.equal(m.theta[k], m.theta[f"{k}_target"]) for k in m.sizes)
     target, online = torch.zeros(1), torch.ones(1)
     for _ in range(10_000):
         target.lerp_(online, 1e-4)
     assert target.item() == pytest.approx(0.632139, abs=1e-3)
+    m.episode = args.num_episodes
     lemol.iterate(m, lemol.make_env(args, 2), args)
     before = {k: v.clone() for k, v in m.theta.items()}
     lemol.learn(m, 0, args)
@@ -363,24 +332,6 @@ def test_targets_follow_and_start_where_they_should():
         assert torch.allclose(m.theta[f"{k}_target"], want, atol=1e-7)
         assert not torch.equal(before[k], m.theta[k])
     assert all(torch.equal(before[k], m.theta[k]) for k in before if "1" in k)
-    released, _, args = match(compat=True)
-    assert args.polyak == 1e-4
-    assert not any(torch.equal(released.theta[k], released.theta[f"{k}_target"]) for k in released.sizes)
-
-
-def test_compat_updates_after_the_first_step_and_keeps_moments(monkeypatch):
-    when = {}
-    for compat in (False, True):
-        m, env, args = match(compat=compat, iterations=1)
-        when[compat], learn = [], lemol.learn
-        note = lambda *a, env=env, compat=compat, learn=learn: (when[compat].append(env.t), learn(*a))[1]
-        monkeypatch.setattr(lemol, "learn", note)
-        lemol.iterate(m, env, args)
-        monkeypatch.undo()
-        assert m.adam["actor0"].state
-        m.restart()
-        assert bool(m.adam["actor0"].state) == compat
-    assert when == {False: [0, 0] * 3, True: [1, 1] * 3}
 
 
 # ---------------------------------------------------------------- play
@@ -400,29 +351,12 @@ def test_no_gradient_crosses_between_model_and_players():
     assert not any(m.adam[k].state for k in m.sizes)  # the next cycle's players are new
 
 
-@pytest.mark.parametrize("kw", [
-    dict(om="flat", chunk_length=3, agent_update_freq=1), dict(om="flat", agent_update_freq=2, compat=True),
-    dict(om="ablated", recurrent_om_prediction=False), dict(good_policy="lemol", bad_policy="ddpg_mmmaddpg"),
-    dict(env="simple_reference", fully_decentralise_lemol=True, discrete_actions=True),
-    dict(om="naive_online", fully_decentralise_lemol=True), dict(om="oracle"), dict(bad_policy="maddpg"),
-    dict(env="uav", m3_actor="paper", good_policy="maddpg_mmmaddpg", bootstrap_at_limit=True)])
-def test_every_kind_of_run_trains(kw):
-    m, env, args = match(iterations=2, **kw)
-    first = {k: v.clone() for k, v in m.theta.items()}
-    phi = [p for om in m.models.values() for p in om.parameters()]
-    before = [p.clone() for p in phi]
-    logs = [lemol.iterate(m, env, args)[0] for _ in range(3)]  # over the end of a cycle
-    assert not any(torch.equal(first[k], m.theta[k]) for k in first)
-    assert not any(map(torch.equal, before, phi))
-    assert all(math.isfinite(float(v)) for log in logs for v in log.values())
-
-
 def test_replay_successor_is_the_next_row():
     m, env, args = match(iterations=2)
     where, L = m.where, args.max_episode_len
-    now, after = m.replay.sample(2000)
-    data = m.replay.data[:, : m.replay.episodes]
-    assert m.replay.episodes == 7 and m.replay.count.flatten().tolist() == [7 * L] * 2
+    now, after = lemol.sample(m.data, m.where, 2000)
+    data = m.data[:, : m.episode]
+    assert m.episode == 7 and m.data[..., where["valid"]].sum((1, 2, 3)).tolist() == [7 * L] * 2
     ends = (torch.arange(L) == L - 1).float().expand(2, 7, L)
     assert torch.equal(data[:, :, :L, where["done"]][..., 0], ends)
     last = now[:, where["done"].start] == 1
@@ -434,90 +368,104 @@ def test_replay_successor_is_the_next_row():
 
 
 def test_early_ends_are_masked():
-    m, *_ = match(iterations=3, env="uav", max_episode_len=8, num_episodes=30, batch_size=20, segment=5)
+    m, *_ = match(iterations=3, env="uav", discrete_actions=True, max_episode_len=8,
+                 agent_update_freq=8, num_episodes=30, batch_size=20, segment=5)
     where, L = m.where, 8
-    data = m.replay.data[:, : m.replay.episodes, :L]
+    data = m.data[:, : m.episode, :L]
     done, valid = data[..., where["done"]][..., 0], data[..., where["valid"]][..., 0]
     assert torch.equal(valid[..., 1:], valid[..., :-1] * (1 - done[..., :-1])) and (valid[..., 0] == 1).all()
     assert 0 < valid.mean() < 1
-    assert torch.equal(m.replay.count[:, 0], valid.flatten(1).sum(1).long())
-    now, _ = m.replay.sample(500)
+    now, _ = lemol.sample(m.data, m.where, 500)
     assert (now[:, where["valid"]] == 1).all()
-    event = m.game.event(data, where)
+    event = lemol.event_of(data, where, m.lemol)
     assert (event[valid == 0] == 0).all() and (event[valid == 1][:, -1] == 1).all()
 
 
-def test_trajectories_are_written_and_read(tmp_path):
-    file = str(tmp_path / "runs.npz")
-    m, env, args = match(iterations=3, trajectories=file)
-    with np.load(file) as data:
-        assert data["runs"].shape == (2, 6 * 5, 5 + 8 + 5 + 2 + 1)
-        assert np.array_equal(data["runs"], torch.cat(m.pool).numpy())
-    again, env, args = match(iterations=3, trajectories=file)
-    assert len(again.pool) == 2 and torch.equal(again.pool[0], m.pool[0])
-    # trained before its first cycle
-    assert not all(map(torch.equal, m.om.parameters(), again.om.parameters()))
-    with pytest.raises(SystemExit):
-        match(trajectories=file, num_episodes=12)
+@pytest.mark.parametrize("kw", [
+    dict(om="oracle"), dict(om="policy"), dict(om="uninformed"), dict(bad_policy="maddpg")])
+def test_every_kind_of_run_trains(kw):
+    m, env, args = match(iterations=2, **kw)
+    first = {k: v.clone() for k, v in m.theta.items()}
+    logs = [lemol.iterate(m, env, args)[0] for _ in range(3)]  # over the end of a cycle
+    assert not any(torch.equal(first[k], m.theta[k]) for k in first)
+    assert all(math.isfinite(float(v)) for log in logs for v in log.values())
 
 
-# ---------------------------------------------------------------- worlds
-def test_reference_values_of_simple_push():
-    args = lemol.resolve(lemol.Args())
-    env = lemol.make_env(args, 20_000)
-    assert env.obs_dims == (8, 19) and env.action_dims == (5, 5) and env.horizon == 25
-    torch.manual_seed(0)
-    env.reset()
-    still = torch.zeros(20_000, 5)
-    still[:, 0] = 1
-    total = sum(env.step([still, still])[1] for _ in range(25)).mean(0)
-    assert total.tolist() == pytest.approx([0.04, -26.07], abs=0.4)
-    env = lemol.make_env(args, 2)
-    env.reset()
-    start = env.state()["pos"]
-    env.set_state({"pos": start + 10 * np.arange(start.shape[1])[None, :, None]})  # nobody touches
-    start, right = env.state()["pos"], torch.tensor([[0.0, 1, 0, 0, 0]] * 2)
-    for k in range(1, 26):
-        obs, *_ = env.step([right, right])
-        assert obs[0][:, 0].tolist() == pytest.approx([2 * (1 - 0.75**k)] * 2, abs=1e-5)
-        moved = (env.state()["pos"] - start)[:, 0, 0]
-        assert moved.tolist() == pytest.approx([0.2 * k - 0.6 * (1 - 0.75**k)] * 2, abs=1e-6)
+def test_replay_rows_are_drawn_uniformly_among_the_valid_ones():
+    valid = torch.tensor([[[1.0, 1, 0], [1, 0, 0]], [[1, 1, 0], [1, 1, 0]]])  # (R, E, L + 1)
+    data = torch.stack([torch.arange(12.0).view(2, 2, 3), valid], 3)
+    now, after = (x[:, :1] for x in lemol.sample(data, dict(valid=slice(1, 2)), 30_000))
+    assert torch.equal(after, now + 1)
+    for r, rows in enumerate(([0, 1, 3], [6, 7, 9, 10])):
+        found, counts = now[r, 0].unique(return_counts=True)
+        assert found.tolist() == rows and (counts / 30_000 - 1 / len(rows)).abs().max() < 0.02
 
 
-def test_pursuit_rules():
-    env = envs.make("uav", 1000, horizon=3)
-    torch.manual_seed(0)
-    obs = env.reset()
-    assert env.obs_dims == (12, 12) and (env.place[0, :, 1] == 2).all() and (env.place[1, :, 1] == 0).all()
-    for i in (0, 1):  # the first half is one's own place
-        assert torch.equal(obs[i][:, :3].argmax(1), env.place[i, :, 0])
-        assert torch.equal(obs[i][:, 3:6].argmax(1), env.place[i, :, 1])
-    right = (obs[1][:, 6:9].argmax(1) == env.place[0, :, 0]) & (obs[1][:, 9:].argmax(1) == env.place[0, :, 1])
-    wrong = (obs[1][:, 6:9].argmax(1) != env.place[0, :, 0]) & (obs[1][:, 9:].argmax(1) != env.place[0, :, 1])
-    assert (right | wrong).all() and right.float().mean() == pytest.approx(0.7, abs=0.05)
-    stay = torch.zeros(1000, dtype=torch.long)
-    obs, *_ = env.step([stay, stay])  # listening
-    right = (obs[0][:, 6:9].argmax(1) == env.place[1, :, 0]) & (obs[0][:, 9:].argmax(1) == env.place[1, :, 1])
-    assert right.float().mean() == pytest.approx(0.65, abs=0.05)
-    env.reset()
-    env.place = torch.tensor([[0, 1], [0, 0]])[:, None].expand(2, 1000, 2).clone()
-    *_, reward, terminated, truncated, _ = env.step([stay + 4, stay + 3])  # W and E: they change places
-    assert (reward == 0).all() and not terminated.any() and not truncated.any()
-    *_, reward, terminated, _, _ = env.step([stay, stay + 4])  # the UAV goes W, to the target
-    assert (reward == torch.tensor([-1.0, 1.0])).all() and terminated.all()
-    *_, reward, terminated, truncated, _ = env.step([stay + 1, stay + 2])  # rests
-    assert (reward == 0).all() and terminated.all() and truncated.all()
-    assert (env.place[0] == env.place[1]).all()
-    env.reset()
-    for _ in range(3):
-        *_, reward, terminated, truncated, _ = env.step([stay, stay])
-    assert (reward == torch.tensor([1.0, -1.0])).all() and truncated.all() and not terminated.any()
+def test_ctrl_c_ends_the_training_of_the_models_at_the_next_chunk():
+    m, env, args = match(iterations=3)
+    assert m.episode == args.num_episodes
+    assert lemol.iterate(m, env, args, SimpleNamespace(interrupted=True)) is None
 
 
-@pytest.mark.parametrize("kw, words", [
-    (dict(agent_update_freq=1), "--om flat"), (dict(chunk_length=7), "longer than a run"),
-    (dict(env="simple_crypto"), "has 3 players"), (dict(good_policy="lemol"), "one side")])
-def test_bad_input_says_what_is_wrong(kw, words, capsys):
-    with pytest.raises(SystemExit):
-        match(**kw)
-    assert words in capsys.readouterr().err
+# ---------------------------------------------------------------- the algorithm the obvious way
+WHOLE = dict(num_units=64, lstm_hidden_dim=64, in_ep_lstm_dim=32, traj_per_iter=1)  # the twin's sizes
+
+
+def test_the_twin_has_the_same_gradients(monkeypatch):
+    """Both critics and actors, on the same rows of replay, without noise."""
+    m, env, args = match(iterations=2, polyak=0.0, **WHOLE)
+    agents = [twin.Agent(i, env.obs_dims, env.action_dims, i == 0) for i in (0, 1)]
+    rows = m.data[0, : m.episode]
+    now, after = rows[:, :-1].flatten(0, 1), rows[:, 1:].flatten(0, 1)  # (n, D)
+    for i, agent in enumerate(agents):
+        for name in ("actor", "critic"):
+            weights = torch.cat([p.detach().flatten() for p in getattr(agent, name).parameters()])
+            m.theta[f"{name}{i}"][0] = m.theta[f"{name}{i}_target"][0] = weights
+        columns = [now[:, m.where[f"obs{i}"]], now[:, m.where[f"act{i}"]], now[:, m.where["reward"]][:, i],
+                   after[:, m.where[f"obs{i}"]], now[:, m.where["done"]][:, 0]]
+        for row in zip(*columns, *[now[:, m.where["guess"]]] * (i == 0)):
+            agent.buffer.add(*(x.numpy() for x in row))
+    found, order = [], iter([*range(len(now))] * 2)
+
+    def step(net, adam, loss):
+        adam.zero_grad()
+        loss.backward()
+        for p in net.parameters():
+            torch.nn.utils.clip_grad_norm_(p, 0.5)
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+
+    monkeypatch.setattr(twin, "step", step)
+    monkeypatch.setattr(twin, "sample", lambda logits: logits.softmax(-1))
+    monkeypatch.setattr(random, "randint", lambda low, high: next(order))
+    monkeypatch.setattr(lemol, "gumbel", lambda *shape, device: torch.zeros(shape))
+    monkeypatch.setattr(lemol, "sample", lambda *_: [x.T[None].contiguous() for x in (now, after)])
+    for adam in m.adam.values():
+        monkeypatch.setattr(adam, "step", lambda: None)
+    for i in (0, 1):
+        twin.update(agents, i, len(now))
+        lemol.learn(m, i, args)
+    for name, theirs in zip(("critic0", "actor0", "critic1", "actor1"), found, strict=True):
+        ours = m.theta[name].grad[0]
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm(), name
+
+
+def test_the_twin_has_the_same_opponent_model():
+    """Its steps in play, and its weights after a sweep over a recorded run."""
+    m, env, args = match(iterations=3, num_traj_to_train=8, **WHOLE)
+    om = twin.OpponentModel(8, 20, 5)
+    weights = {k: v.clone() for k, v in m.om.state_dict().items()}
+    om.load_state_dict({k: v[:, None] if k in ("h0", "u0") else v for k, v in weights.items()})
+    run = m.pool[0][..., :-1]  # (1, T, X)
+    hc, u = m.om.start(1), m.om.begin(1)
+    with torch.no_grad():
+        state = om.advance(run[0, :5], (om.h0[:1], om.h0[1:]))
+        hc = m.om.advance(run[:, :5], hc)
+        assert torch.allclose(torch.cat(state), hc, atol=1e-6)
+        guess, _ = om.predict(run[0, 5, 5:13], state, (om.u0[:1], om.u0[1:]))
+        assert torch.allclose(guess, m.om.predict(run[:, 5, 5:13], hc[0], u)[0].exp(), atol=1e-6)
+    lemol.train_models(m, args)
+    twin.train_model(om, torch.optim.Adam(om.parameters(), args.omlr), [run[0]], 10, 5, rounds=1)
+    theirs = om.state_dict()
+    for name, ours in m.om.state_dict().items():
+        assert torch.allclose(ours, theirs[name].view_as(ours), atol=1e-5), name
+        assert not torch.equal(ours, weights[name]), name

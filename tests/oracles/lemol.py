@@ -1,9 +1,10 @@
 """
-LeMOL the obvious way, for speed.py: one learning run, one world, one network at a time, autograd modules, a
-replay buffer that is a list of tuples, and a call for everything in every step, as public implementations
-have it. The algorithm is that of lemol.py with --om ep: play, targets, losses, clipping, model training.
+LeMOL the obvious way, for tests and speed.py: one learning run, one env, one network at a time, autograd
+modules, a replay buffer that is a list of tuples, and a call for everything in every step, as public
+implementations have it. The algorithm is that of lemol.py with --om ep: play, targets, losses, clipping,
+model training.
 
-  python benchmark/naive_lemol.py     environment steps per second, updates included, at the paper's sizes
+  python tests/oracles/lemol.py       environment steps per second, updates included, at the paper's sizes
 """
 
 import random
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import envs  # noqa: E402
 
 
