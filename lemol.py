@@ -87,9 +87,11 @@ def within(kind, low, high=math.inf):
             raise ValueError(f"must be in [{low}, {high}], not {value}")
         return value
 
+    is_number = lambda x: isinstance(x, (int, float))
+    as_words = lambda x: [str(x)]
     return Annotated[kind, PrimitiveConstructorSpec(
         nargs=1, metavar=f"{kind.__name__.upper()} {low}..{high}", instance_from_str=read,
-        is_instance=lambda x: isinstance(x, (int, float)), str_from_instance=lambda x: [str(x)])]
+        is_instance=is_number, str_from_instance=as_words)]
 
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
@@ -159,8 +161,7 @@ def check(args):
     if trains_model(args) and args.agent_update_freq != args.max_episode_len:
         fail(f"an opponent model needs --agent-update-freq {args.max_episode_len}, an episode")
     if args.chunk_length > args.num_episodes - args.batch_size:
-        fail(f"--chunk-length {args.chunk_length}: after the --batch-size {args.batch_size} episodes of "
-             f"exploration a run has {args.num_episodes - args.batch_size} more")
+        fail("--chunk-length exceeds --num-episodes less the --batch-size episodes of exploration")
 
 
 def trains_model(args):

@@ -8,6 +8,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from test_house_style import ROOT
 from test_scripts import words
@@ -116,6 +117,7 @@ def test_the_examples_of_readme(name, example, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "make_env", module.make_env)  # the example changes it
     args = args | dict(env="mine", run_dir=tmp_path / "r", horizon=5)
     monkeypatch.setattr(sys, "argv", ["own.py", *words(**args)])
+    torch.optim.Adam([torch.zeros(1)])  # loads what does not load below runpy's frames
     runpy.run_path(EXAMPLES / f"{example}.py")
     assert (EXAMPLES / f"{example}.py").read_text().strip() in (ROOT / "README.md").read_text()
     assert (tmp_path / "r" / "checkpoint.pt").exists()
