@@ -31,7 +31,7 @@ Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor 
   Departures [D1] One minibatch for all agents and one snapshot, as the paper's distributed program; OpenAI's
                   base code goes agent after agent. The controller computes a' once for all agents.
              [D2] x_i are clipped gradients, not weights: learners keep no state, may die and join any time.
-             [D3] x_i are multiples of a unit, 2^-32 for norm 0.5. So eq. (9) can be rounded to them, and every
+             [D3] x_i are multiples of a unit, 2^-32 for norm .5. So eq. (9) can be rounded to them, and any
                   decodable I gives the very bits of training without learners.
              [D4] mds: Chebyshev polynomials. The paper's powers of .1 ... .5 are singular to floating point
                   (mds-paper shows it). sparse-mds, and the checks of C at the start, are ours.
@@ -41,8 +41,8 @@ Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor 
              python coded_maddpg.py --env simple_spread --num-agents 8 --num-learners 15 --num-stragglers 4
              python coded_maddpg.py --env simple_push --num-agents 8 --num-learners 15 --scheme ldpc
              python coded_maddpg.py --env simple_spread --num-learners 15 --scheme mds-paper --engine inline
-             python coded_maddpg.py --env simple_spread --num-learners 15 --engine ray --ray-address auto
-             python coded_maddpg.py --evaluate runs/x/checkpoint.pt --capture-video      # the table and a film
+             python benchmark/ray_engine.py --env simple_spread --num-learners 15     # on a Ray cluster
+             python coded_maddpg.py --evaluate runs/x/checkpoint.pt --capture-video     # the table and a film
   Expect     simple_spread: return @RET@, summed over agents (random: -74). With learners the result
              is that without, bit by bit, whatever dies. Please cite the papers above for the methods.
 """
@@ -51,26 +51,24 @@ import contextlib
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing as mp
 import os
-import queue
 import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass, fields
-from multiprocessing import forkserver
+from multiprocessing import connection
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Annotated, Literal, NamedTuple, Optional
 
-import envs
 import numpy as np
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tyro.constructors import PrimitiveConstructorSpec
 
+import envs
 
 # ================================================================ 0. Arguments
 SCRIPT = Path(globals().get("__file__", "notebook.py")).stem
@@ -97,6 +95,7 @@ def within(kind, low, high=math.inf):
 
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
+Scheme = Literal["uncoded", "replication", "mds", "mds-paper", "random", "ldpc", "sparse-mds"]
 
 
 @dataclass
@@ -120,8 +119,8 @@ class Args:
     # --- algorithm
     num_agents: Optional[int] = None  # M; default: the environment's own number
     num_adversaries: Optional[int] = None  # the first of them play against the others; default: the env's
-    dialect: Literal["mpe2", "mpe"] = "mpe2"  # rules of the maintained package, or the original's: not comparable
-    good_policy: Literal["maddpg", "ddpg"] = "maddpg"  # critics see all observations and actions, or their own
+    dialect: Literal["mpe2", "mpe"] = "mpe2"  # rules of the maintained package or the original
+    good_policy: Literal["maddpg", "ddpg"] = "maddpg"  # critics see everything, or what is their own
     adv_policy: Literal["maddpg", "ddpg"] = "maddpg"  # the same for the adversaries
     horizon: Count = 25  # H, steps of an episode
     num_envs: Count = 16  # environments side by side; an iteration is an episode in each of them
@@ -135,23 +134,18 @@ class Args:
     replay_size: Count = 1_000_000  # transitions that the replay holds; memory is taken as it fills
     learning_starts: Count = 25_600  # transitions before the first update
     num_learners: within(int, 0) = 0  # N; 0: ordinary MADDPG in this process
-    scheme: Literal["uncoded", "replication", "mds", "mds-paper", "random", "ldpc", "sparse-mds"] = "sparse-mds"  # eq. (1)
+    scheme: Scheme = "sparse-mds"  # who computes what, eq. (1)
     code_p: Share = 0.8  # share of nonzeros in --scheme random
-    ldpc: str = "auto"  # p,rho,gamma of --scheme ldpc: gamma x rho blocks of p x p; auto: the first that fits
-    engine: Literal["local", "inline", "ray"] = "local"  # processes here, a virtual clock, or actors on Ray
-    ray_address: str = "local"  # start Ray on this machine; auto or host:port: a running cluster
+    ldpc: str = "3,5,3"  # p,rho,gamma of --scheme ldpc: gamma x rho blocks of p x p; 3,5,2 for ten agents
+    engine: Literal["local", "inline"] = "local"  # processes, or a virtual clock
     num_stragglers: within(int, 0) = 0  # k, learners drawn in each update that hold their answer back
     straggler_delay: Size = 0.25  # t_s, seconds for which they do
     agent_seconds: Size = 0.0  # the least time for an x_i; emulates slower nodes
     learner_timeout: within(float, 1e-3) = 60.0  # seconds after which nobody waits for a learner any more
 
 
-MILLION = dict(total_steps=1_000_000)
-PRESETS = {  # what differs from the defaults
-    "simple_spread": {}, "simple": {}, "simple_tag": MILLION, "simple_adversary": MILLION, "simple_push": MILLION,
-    "simple_speaker_listener": MILLION, "simple_reference": MILLION, "simple_crypto": MILLION,
-    "simple_world_comm": MILLION,
-}
+OTHERS = ("tag", "adversary", "push", "speaker_listener", "reference", "crypto", "world_comm")
+PRESETS = {f"simple_{name}": dict(total_steps=1_000_000) for name in OTHERS}  # what differs from the defaults
 
 
 def preset(args):
@@ -197,7 +191,7 @@ def make_env(args, num_envs):
     # The contract (envs/__init__.py); bring your own world by returning an object with these members:
     #   num_envs B, horizon, num_agents M, obs_dims, action_dims
     #   reset() -> obs, M times (B, O_i);  step(M times (B, A_i), probabilities) -> obs, reward (B, M), ...
-    #   optional: action_splits[i], sizes of agent i's one-hot blocks; num_adversaries; measures(); render(row)
+    #   optional: action_splits[i], sizes of agent i's one-hot blocks; num_adversaries; measures(); render()
     options = dict(num_agents=args.num_agents, num_adversaries=args.num_adversaries, dialect=args.dialect)
     try:
         env = envs.make(args.env, num_envs, horizon=args.horizon, device=args.device, **options)
@@ -220,6 +214,7 @@ class Spec(NamedTuple):
     """Everything that an update depends on but its data; plain numbers, to be sent around."""
 
     obs: tuple  # O_i
+    act: tuple  # A_i
     splits: tuple  # of each agent: sizes of its one-hot blocks, which sum to A_i
     local: tuple  # of each agent: does its critic see only its own observation and action (ddpg)?
     hidden: int
@@ -231,21 +226,22 @@ class Spec(NamedTuple):
 
     def actor(self, i):
         """Layer sizes of agent i's actor."""
-        return self.obs[i], self.hidden, self.hidden, sum(self.splits[i])
+        return self.obs[i], self.hidden, self.hidden, self.act[i]
 
     def critic(self, i):
         """Layer sizes of agent i's critic."""
-        who = [i] if self.local[i] else range(len(self.obs))
-        return sum(self.obs[j] + sum(self.splits[j]) for j in who), self.hidden, self.hidden, 1
+        if self.local[i]:
+            return self.obs[i] + self.act[i], self.hidden, self.hidden, 1
+        return sum(self.obs) + sum(self.act), self.hidden, self.hidden, 1
 
 
 def make_spec(args, env):
-    M = env.num_agents
-    adversaries = getattr(env, "num_adversaries", 0) or 0
     splits = getattr(env, "action_splits", None) or [(n,) for n in env.action_dims]
-    local = [(args.adv_policy if i < adversaries else args.good_policy) == "ddpg" for i in range(M)]
-    return Spec(tuple(map(int, env.obs_dims)), tuple(tuple(map(int, s)) for s in splits), tuple(local),
-                args.num_units, args.batch_size, args.gamma, args.lr, args.max_grad_norm, args.seed % 2**64)
+    adversaries = getattr(env, "num_adversaries", 0) or 0
+    policies = [args.adv_policy] * adversaries + [args.good_policy] * (env.num_agents - adversaries)
+    local = tuple(policy == "ddpg" for policy in policies)
+    return Spec(tuple(env.obs_dims), tuple(env.action_dims), tuple(splits), local, args.num_units,
+                args.batch_size, args.gamma, args.lr, args.max_grad_norm, args.seed % 2**64)
 
 
 def pieces(sizes):
@@ -258,6 +254,11 @@ def lengths(spec, kind):
     return [sum(pieces(getattr(spec, kind)(i))) for i in range(len(spec.obs))]
 
 
+def width(spec):
+    """P, the length of the longest x_i; zeros follow a shorter one."""
+    return max(map(sum, zip(lengths(spec, "critic"), lengths(spec, "actor"))))
+
+
 def glorot(sizes):
     """A net's flat vector: weights uniform with variance 2 / (fan in + fan out), biases zero."""
     parts = []
@@ -266,12 +267,15 @@ def glorot(sizes):
     return torch.cat(parts)
 
 
-def make_nets(spec):
-    """{"actor", "critic", and their targets, which start as copies [D5]}: flat vectors of all agents."""
-    agents = range(len(spec.obs))
-    actor = torch.cat([glorot(spec.actor(i)) for i in agents])
-    critic = torch.cat([glorot(spec.critic(i)) for i in agents])
-    return {"actor": actor, "critic": critic, "target_actor": actor.clone(), "target_critic": critic.clone()}
+def make_nets(spec, device):
+    """Flat vectors of all agents: actor, critic, their targets, which start as copies [D5], and the moments m
+    and v of Adam; n counts the updates."""
+    nets = {"n": torch.zeros((), dtype=torch.int64)}
+    for kind in ("actor", "critic"):
+        net = torch.cat([glorot(getattr(spec, kind)(i)) for i in range(len(spec.obs))]).to(device)
+        nets |= {kind: net, f"target_{kind}": net.clone()}
+        nets |= {f"m_{kind}": torch.zeros_like(net), f"v_{kind}": torch.zeros_like(net)}
+    return nets
 
 
 def mlp(flat, sizes, x):
@@ -306,72 +310,59 @@ def gumbel_softmax(logits, noise, split):
 
 
 # ================================================================ 3. Rollout
-# An episode in each env with the current actors. The soft action is the only exploration. An episode is
-# stored as H + 1 rows: the next observation is the next row.
+# An episode in each env with the current actors. The soft action is the only exploration. A row holds what
+# belongs to one time step; an episode is H + 1 rows, so the next observation is the next row.
 class Replay:
-    """The last E episodes as a ring. torch.empty takes memory only where it is written to."""
+    """The last E episodes as a ring (E, H+1, W). torch.empty takes memory only where it is written to."""
 
     def __init__(self, args, spec):
-        M, self.H, self.E = len(spec.obs), args.horizon, args.replay_size // args.horizon
+        self.widths = sum(spec.obs), sum(spec.act), len(spec.obs) + 1  # obs, act, reward and terminated
         self.stored = 0  # episodes ever
-        rows = self.E * (self.H + 1)
-        self.obs = torch.empty(rows, sum(spec.obs), device=args.device)  # of all agents
-        self.act = torch.empty(rows, sum(map(sum, spec.splits)), device=args.device)
-        self.end = torch.empty(rows, M + 1, device=args.device)  # reward of each agent, terminated
+        episodes = args.replay_size // args.horizon
+        self.rows = torch.empty(episodes, args.horizon + 1, sum(self.widths), device=args.device)
 
     def __len__(self):
-        return min(self.stored, self.E) * self.H
+        """Transitions."""
+        return min(self.stored, len(self.rows)) * (self.rows.shape[1] - 1)
 
-    def append(self, obs, act, end):
-        """Episodes as (H+1, n, .), (H, n, .), (H, n, .)."""
-        n = obs.shape[1]
-        where = (torch.arange(n) + self.stored).to(obs.device) % self.E
-        for store, new in (self.obs, obs), (self.act, act), (self.end, end):
-            rows = store.view(self.E, self.H + 1, -1)
-            rows[where, : len(new)] = new.transpose(0, 1)
-            rows[where, len(new) :] = 0  # nothing follows the last observation
-        self.stored += n
+    def append(self, episodes):
+        where = (torch.arange(len(episodes)) + self.stored) % len(self.rows)
+        self.rows[where.to(self.rows.device)] = episodes
+        self.stored += len(episodes)
 
     def sample(self, seed, t, n):
-        """n transitions, uniform with replacement: obs, act, next obs, end, each (n, .)."""
-        i = keyed(seed, t, BATCH).integers(len(self), size=n)
-        row = torch.from_numpy(i // self.H * (self.H + 1) + i % self.H).to(self.obs.device)
-        return self.obs[row], self.act[row], self.obs[row + 1], self.end[row]
-
-    def state_dict(self):
-        n = min(self.stored, self.E) * (self.H + 1)
-        return dict(stored=self.stored, **{k: getattr(self, k)[:n].clone() for k in ("obs", "act", "end")})
-
-    def load_state_dict(self, state):
-        self.stored = state["stored"]
-        for name in ("obs", "act", "end"):
-            getattr(self, name)[: len(state[name])] = state[name]
+        """n transitions, uniform with replacement: obs, act, end, next obs, each (n, .)."""
+        H = self.rows.shape[1] - 1
+        i = torch.from_numpy(keyed(seed, t, BATCH).integers(len(self), size=n)).to(self.rows.device)
+        now, following = self.rows[i // H, i % H], self.rows[i // H, i % H + 1]
+        return *now.split(self.widths, 1), following[:, : self.widths[0]]
 
 
 def act_all(actor, spec, obs, noise):
     """eq. (2) for all agents: flat actors, obs (B, sum O), noise (B, sum A) -> (B, sum A)."""
-    nets = actor.split(lengths(spec, "actor"))
-    seen = obs.split(spec.obs, 1)
-    noises = noise.split([sum(split) for split in spec.splits], 1)
-    return torch.cat([gumbel_softmax(mlp(nets[i], spec.actor(i), seen[i]), noises[i], split)
-                      for i, split in enumerate(spec.splits)], 1)
+    nets, seen = actor.split(lengths(spec, "actor")), obs.split(spec.obs, 1)
+    actions = []
+    for i, e in enumerate(noise.split(spec.act, 1)):
+        logits = mlp(nets[i], spec.actor(i), seen[i])
+        actions.append(gumbel_softmax(logits, e, spec.splits[i]))
+    return torch.cat(actions, 1)
 
 
 @torch.no_grad()
 def rollout(env, spec, actor, key):
-    """eq. (12): obs (H+1, B, sum O), act (H, B, sum A), end (H, B, M+1: rewards, terminated).
-    key: (seed, t, stream) of the noise."""
-    B, sizes = env.num_envs, [sum(split) for split in spec.splits]
-    noise = gumbel(*key, (env.horizon, B, sum(sizes))).to(actor.device)
-    obs, act, end = [torch.cat(as_tuple(env.reset()), 1)], [], []
-    for t in range(env.horizon):
-        action = act_all(actor, spec, obs[t], noise[t])
-        parts = action.split(sizes, 1)
-        o, reward, terminated, _, _ = env.step(parts if len(parts) > 1 else parts[0])
-        obs.append(torch.cat(as_tuple(o), 1))
-        act.append(action)
-        end.append(torch.cat([reward, terminated[:, None]], 1))  # time being up is no end: it is bootstrapped
-    return torch.stack(obs), torch.stack(act), torch.stack(end)
+    """eq. (12): an episode of each env as rows of the replay, (B, H+1, W). key: (seed, t, stream)."""
+    B = env.num_envs
+    noise = gumbel(*key, (env.horizon, B, sum(spec.act))).to(actor.device)
+    obs, rows = torch.cat(as_tuple(env.reset()), 1), []
+    for e in noise:
+        act = act_all(actor, spec, obs, e)
+        parts = act.split(spec.act, 1)
+        new, reward, terminated, _, _ = env.step(parts if len(parts) > 1 else parts[0])
+        # time being up is no end: it is bootstrapped
+        rows.append(torch.cat([obs, act, reward, terminated[:, None]], 1))
+        obs = torch.cat(as_tuple(new), 1)
+    nothing = torch.zeros_like(rows[0][:, obs.shape[1] :])  # follows the last observation
+    return torch.stack([*rows, torch.cat([obs, nothing], 1)], 1)
 
 
 # ================================================================ 4. Objectives
@@ -382,43 +373,30 @@ class Job(NamedTuple):
 
     obs: torch.Tensor  # (B, sum O)
     act: torch.Tensor  # (B, sum A)
+    end: torch.Tensor  # (B, M+1) rewards, terminated
     next_obs: torch.Tensor  # (B, sum O)
     next_act: torch.Tensor  # (B, sum A) of the target actors
-    end: torch.Tensor  # (B, M+1) rewards, terminated
     actor: torch.Tensor
     critic: torch.Tensor
     target_critic: torch.Tensor
-    m: torch.Tensor  # Adam's moments of the critics
-    v: torch.Tensor
+    m_critic: torch.Tensor  # Adam's moments
+    v_critic: torch.Tensor
 
 
 @torch.no_grad()
-def make_job(spec, nets, adam_state, sample, t):
+def make_job(spec, nets, sample, t):
     """One minibatch for all agents, and a' of all agents from one snapshot of the targets [D1]."""
-    obs, act, next_obs, end = sample
+    obs, act, _, next_obs = sample
     noise = gumbel(spec.seed, t, TARGETS, act.shape).to(act.device)
     next_act = act_all(nets["target_actor"], spec, next_obs, noise)
-    m, v = adam_state["critic"]
-    return Job(obs, act, next_obs, next_act, end, nets["actor"], nets["critic"], nets["target_critic"], m, v)
-
-
-def job_shapes(spec):
-    B, O, A, P = spec.batch, sum(spec.obs), sum(map(sum, spec.splits)), sum(lengths(spec, "critic"))
-    rows = [(B, O), (B, A), (B, O), (B, A), (B, len(spec.obs) + 1)]
-    return Job(*rows, (sum(lengths(spec, "actor")),), *[(P,)] * 4)
-
-
-def job_views(flat, spec):
-    """A Job whose tensors lie one after another in `flat`, as it travels."""
-    shapes = job_shapes(spec)
-    return Job(*(part.view(s) for part, s in zip(flat.split([*map(math.prod, shapes)]), shapes)))
+    return Job(*sample, next_act, *(nets[name] for name in Job._fields[5:]))
 
 
 def seen_by(spec, i, obs, act):
     """What the critic of agent i sees: everything, or (ddpg) what is its own."""
-    if not spec.local[i]:
-        return torch.cat([obs, act], 1)
-    return torch.cat([obs.split(spec.obs, 1)[i], act.split([*map(sum, spec.splits)], 1)[i]], 1)
+    if spec.local[i]:
+        obs, act = obs.split(spec.obs, 1)[i], act.split(spec.act, 1)[i]
+    return torch.cat([obs, act], 1)
 
 
 def td_target(target_critic, sizes, x_next, reward, terminated, gamma):
@@ -434,7 +412,7 @@ def critic_loss(critic, sizes, x, y):
 def actor_loss(actor, critic, spec, i, obs, act, noise):
     """eq. (5): the own action is replaced, those of the others stay the replay's."""
     logits = mlp(actor, spec.actor(i), obs.split(spec.obs, 1)[i])
-    acts = list(act.split([*map(sum, spec.splits)], 1))
+    acts = list(act.split(spec.act, 1))
     acts[i] = gumbel_softmax(logits, noise, spec.splits[i])
     q = mlp(critic, spec.critic(i), seen_by(spec, i, obs, torch.cat(acts, 1)))
     return 1e-3 * logits.square().mean() - q.mean()
@@ -463,7 +441,7 @@ def adam(g, m, v, n, lr):
 def agent_update(job, spec, t, i):
     """x_i, eqs. (2)-(6), a flat vector, and the losses [critic, actor]."""
     mine = lengths(spec, "critic")
-    critic, target, m, v = (z.split(mine)[i] for z in (job.critic, job.target_critic, job.m, job.v))
+    critic, target, m, v = (flat.split(mine)[i] for flat in job[6:])
     actor = job.actor.split(lengths(spec, "actor"))[i].detach().requires_grad_()
 
     # the critic's gradient
@@ -476,7 +454,7 @@ def agent_update(job, spec, t, i):
 
     # the actor is judged by the critic after its step, which everyone takes for himself
     critic = critic + adam(g_q, m, v, t, spec.lr)[0]
-    noise = gumbel(spec.seed, t, i, (len(job.obs), sum(spec.splits[i]))).to(job.obs.device)
+    noise = gumbel(spec.seed, t, i, (len(job.obs), spec.act[i])).to(job.obs.device)
     loss_p = actor_loss(actor, critic, spec, i, job.obs, job.act, noise)
     g_p = clip_to_grid(torch.autograd.grad(loss_p, actor)[0], spec.actor(i), spec.clip)
     return torch.cat([g_q, g_p]), [loss_q.item(), loss_p.item()]
@@ -529,19 +507,6 @@ def array_ldpc(p, rho, gamma):
     return np.vstack([np.eye(B.shape[1]), B])
 
 
-def find_ldpc(N, M, text):
-    """The code p,rho,gamma of `text`; for "auto" the first that has N rows and M columns."""
-    choices = [(p, N // p, g) for p in range(2, N) if N % p == 0 for g in range(1, N // p)]
-    if text != "auto":
-        choices = [tuple(map(int, text.split(",")))]
-    codes = [array_ldpc(*choice) for choice in choices if len(choice) == 3 and min(choice) > 0]
-    for C in codes:
-        if C.shape == (N, M):
-            return C
-    known = ", ".join(sorted({f"{n} learners for {m} agents" for n, m in (C.shape for C in codes)}))
-    raise ValueError(f"--ldpc {text} has {known or 'nothing'}, not {N} for {M}")
-
-
 def draw(scheme, N, M, p, ldpc, rng):
     """C (N, M) of a scheme, not yet checked."""
     if scheme == "uncoded":
@@ -554,10 +519,15 @@ def draw(scheme, N, M, p, ldpc, rng):
         return np.linspace(0.1, 0.5, M) ** (N - 1 - np.arange(N)[:, None])
     if scheme == "random":
         return rng.standard_normal((N, M)) * (rng.random((N, M)) < p)
-    return find_ldpc(N, M, ldpc) if scheme == "ldpc" else cyclic(N, M, rng)
+    if scheme == "sparse-mds":
+        return cyclic(N, M, rng)
+    C = array_ldpc(*map(int, ldpc.split(",")))
+    if C.shape != (N, M):
+        raise ValueError(f"--ldpc {ldpc} has N, M = {C.shape}, not {(N, M)}")
+    return C
 
 
-def make_code(scheme, N, M, seed=1, p=0.8, ldpc="auto"):
+def make_code(scheme, N, M, seed=1, p=0.8, ldpc="3,5,3"):
     """eq. (1). Random matrices are drawn until one is fit. ValueError if the scheme cannot reach rank M."""
     if N < M:
         raise ValueError(f"--num-learners {N} are fewer than the {M} agents")
@@ -572,27 +542,20 @@ def make_code(scheme, N, M, seed=1, p=0.8, ldpc="auto"):
                      + f" (--code-p {p})" * (scheme == "random"))
 
 
-def conditions(C, size):
-    """Condition numbers of all subsets of so many nonzero rows, a proof; of 3000 random ones if there are
-    more than 20,000, which proves nothing. Returns them and whether they are all."""
-    rows = np.flatnonzero(C.any(1))
-    every = math.comb(len(rows), size) <= 20_000
-    if every:
-        subsets = np.array(list(itertools.combinations(rows, size)))
-    else:
-        subsets = np.random.default_rng(0).permuted(np.tile(rows, (3000, 1)), axis=1)[:, :size]
-    s = np.linalg.svd(C[subsets], compute_uv=False)
-    return s[:, 0] / np.maximum(s[:, -1], 1e-300), every
-
-
 def tolerance(C, exact=True):
     """The largest s such that any s losses among the nonzero rows are decodable, the worst condition number
-    then, and whether every subset was tried. A loss of s includes all smaller ones."""
-    N, M = np.count_nonzero(C.any(1)), C.shape[1]
-    for lost in range(N - M, -1, -1):
-        found, every = conditions(C, N - lost)
-        if found.max() < (LIMIT if exact else 1e15):
-            return lost, found.max(), every
+    then, and whether that is proved: all subsets were tried, or, beyond 20,000, a sample of 3,000."""
+    used, M = np.flatnonzero(C.any(1)), C.shape[1]
+    for size in range(M, len(used) + 1):
+        proved = math.comb(len(used), size) <= 20_000
+        if proved:
+            subsets = np.array([*itertools.combinations(used, size)])
+        else:
+            subsets = np.random.default_rng(0).permuted(np.tile(used, (3000, 1)), axis=1)[:, :size]
+        s = np.linalg.svd(C[subsets], compute_uv=False)
+        worst = (s[:, 0] / np.maximum(s[:, -1], 1e-300)).max()
+        if worst < (LIMIT if exact else 1e15):
+            return len(used) - size, worst, proved
     return 0, math.inf, True
 
 
@@ -628,15 +591,17 @@ def decode(rows, Y, clip, exact=True):
 def encode(row, job, spec, t, exact=True, cancelled=None, agent_seconds=0.0, delay=0.0):
     """eq. (7), a learner's whole work: y_j (P,) float64 and {agent: losses}. None if `cancelled`, which waits
     for so many seconds, says so between two agents, or while a straggler holds its answer back."""
-    P = max(map(sum, zip(lengths(spec, "critic"), lengths(spec, "actor"))))  # smaller agents: zeros follow
-    y, losses = torch.zeros(P, dtype=torch.float64 if exact else torch.float32), {}
+    y, losses = torch.zeros(width(spec), dtype=torch.float64 if exact else torch.float32), {}
     for i in np.flatnonzero(row).tolist():
         start = time.perf_counter()
         x, losses[i] = agent_update(job, spec, t, i)
         y[: len(x)].add_(x.cpu(), alpha=float(row[i]))
-        if cancelled and cancelled(max(0.0, agent_seconds - (time.perf_counter() - start))):
+        left = agent_seconds - (time.perf_counter() - start)
+        if cancelled and cancelled(max(0.0, left)):
             return None
-    return None if cancelled and cancelled(delay) else (y.double(), losses)
+    if cancelled and cancelled(delay):
+        return None
+    return y.double(), losses
 
 
 def slow_ones(C, seed, t, k):
@@ -661,187 +626,160 @@ class Stopped(Exception):
     """The run cannot go on. Nothing of the update has been applied: the state before it is good."""
 
 
-def losses_of(answers):
-    """(M, 2) from the [(y, {agent: losses})] of a decodable set, which touches every agent."""
+def solution(rows, answers, args, exact=True):
+    """X (M, P) and losses (M, 2) from the [(y, {agent: losses})] of a decodable set."""
+    X = decode(rows, torch.stack([y for y, _ in answers]), args.max_grad_norm, exact)
     losses = {i: pair for _, pairs in answers for i, pair in pairs.items()}
-    return torch.tensor([losses[i] for i in sorted(losses)])
+    return X, torch.tensor([losses[i] for i in sorted(losses)])
 
 
 class Central:
-    """No learners: ordinary MADDPG. C is the identity and nothing needs decoding."""
+    """No learners: ordinary MADDPG, where C is the identity. With a code: the arithmetic of the learners that
+    would be first, on a virtual clock, eq. (13)."""
 
     def __init__(self, code, spec, args):
         self.code, self.spec, self.args = code, spec, args
 
-    def solve(self, t, job, interrupted=None):
+    def solve(self, t, job, run):
         """X (M, P), losses (M, 2), {tag: value} of update t."""
-        answers = [encode(row, job, self.spec, t) for row in np.eye(len(self.spec.obs))]
-        return torch.stack([y for y, _ in answers]).float(), losses_of(answers), {}
+        if self.code is None:
+            rows, exact, seconds = np.eye(len(self.spec.obs)), True, 0.0
+        else:
+            C, exact, args = self.code.C, self.code.exact, self.args
+            slow = slow_ones(C, self.spec.seed, t, args.num_stragglers)
+            first, seconds = arrivals(C, slow, args.agent_seconds or 0.01, args.straggler_delay, exact)
+            rows = C[first]
+        answers = [encode(row, job, self.spec, t, exact) for row in rows]
+        info = {"learners/seconds": seconds, "learners/used": len(rows)} if self.code else {}
+        return *solution(rows, answers, self.args, exact), info
 
     def close(self):
         pass
 
 
-class Inline(Central):
-    """The arithmetic of the learners that would be first, on a virtual clock, eq. (13)."""
-
-    def solve(self, t, job, interrupted=None):
-        C, exact, args = self.code.C, self.code.exact, self.args
-        slow = slow_ones(C, self.spec.seed, t, args.num_stragglers)
-        order, seconds = arrivals(C, slow, args.agent_seconds or 0.01, args.straggler_delay, exact)
-        answers = [encode(C[j], job, self.spec, t, exact) for j in order]
-        X = decode(C[order], torch.stack([y for y, _ in answers]), args.max_grad_norm, exact)
-        return X, losses_of(answers), {"learners/seconds": seconds, "learners/used": len(order)}
-
-
-# The engine: a thread for each row of C starts its learner and waits for what it says, for ever. Whoever is
-# slow, hung or dead blocks its own thread and nobody else. A learner gets a job only when it is idle, so a
-# hung one is never written to twice. Answers to an old t are dropped: one buffer for the job is enough.
+# The engine. A learner is starting, idle, or busy with job t, and gets a job only when idle: so a hung one is
+# never written to twice, and its pipe cannot fill up. Answers to an old t are dropped: whoever is late may
+# read a job half overwritten, and one buffer in shared memory is enough. The end of a pipe means death.
 class Learners(Central):
+    """Processes on this machine. benchmark/ray_engine.py overrides what speaks to them: start to close."""
+
     def __init__(self, code, spec, args):
         super().__init__(code, spec, args)
-        self.nodes = (Ray if args.engine == "ray" else Local)(code, spec, args)
-        self.inbox, self.lock, self.closed = queue.SimpleQueue(), threading.Lock(), False
-        self.idle = set()
-        self.busy = {}  # learner: since when
-        self.deaths = {j: 0 for j in np.flatnonzero(code.C.any(1)).tolist()}  # since its last answer
-        self.restarts, self.ready = 0, 0
-        for j in self.deaths:  # those that have work
-            threading.Thread(target=self.serve, args=(j,), daemon=True).start()
+        if getattr(mp.current_process(), "_inheriting", False):
+            raise SystemExit(2)  # a learner imports a program without the guard, which would start learners
+        forks = "forkserver" in mp.get_all_start_methods()  # a plain fork copies torch's threads in any state
+        self.context = mp.get_context("forkserver" if forks else "spawn")
+        if forks:
+            self.context.set_forkserver_preload(["__main__", SCRIPT, "torch"])
+        self.idle, self.busy = set(), {}  # busy: since when
+        self.deaths = {j: 0 for j in np.flatnonzero(code.C.any(1)).tolist()}  # since an answer; of all with work
+        self.restarts, self.job, self.process, self.pipe = 0, None, {}, {}
 
-    def serve(self, j):
-        """The life of row j, learner after learner."""
-        while True:
-            try:
-                with self.lock:
-                    if self.closed:
-                        return
-                    self.nodes.start(j)
-                while True:  # first (0, None): it is ready
-                    self.inbox.put((j, *self.nodes.receive(j)))
-            except Exception as error:  # whatever ended it, another takes its place
-                self.inbox.put((j, -1, error))
-
-    def solve(self, t, job, interrupted=None):
+    def solve(self, t, job, run):
         C, args, begin = self.code.C, self.args, time.monotonic()
         slow = slow_ones(C, self.spec.seed, t, args.num_stragglers)
-        self.nodes.publish(job)
         answers, here, told = {}, {}, False  # of learners; of agents that are computed here
+        self.publish(job)
         while not decodable(rows := np.concatenate([C[[*answers]], np.eye(C.shape[1])[[*here]]]), self.code.exact):
             # hand the job to all who are idle, then take in what comes
             for j in self.idle - answers.keys():
                 self.busy[j] = time.monotonic()
-                self.nodes.send(j, t, args.straggler_delay * slow[j])
+                self.send(j, t, args.straggler_delay * slow[j])
             self.idle &= answers.keys()
             self.listen(t, answers)
-            if interrupted and interrupted():
+            if run.interrupted:
                 raise Stopped("")
 
-            # patience: a line after 10 s; after the timeout the controller computes a missing agent itself
-            waited, missing = time.monotonic() - begin, len(self.deaths) - len(self.idle) - len(self.busy)
+            # patience has an end: then a missing agent is computed here
+            waited = time.monotonic() - begin
             if waited > 10 and not told:
-                told = True
-                print(f"{SCRIPT}: update {t}: {len(answers)} of {len(self.deaths)} learners have answered, waiting "
-                      f"for {missing} of {len(self.deaths)} learners to start", file=sys.stderr, flush=True)
-            if waited > args.learner_timeout and (agents := undecodable_agents(rows)):
-                print(f"{SCRIPT}: update {t} is undecodable after {waited:.0f} s: agent {agents[0]} is computed here",
-                      file=sys.stderr, flush=True)
-                here[agents[0]] = encode(np.eye(C.shape[1])[agents[0]], job, self.spec, t)
+                told = say(f"update {t}: waiting for {len(self.deaths) - len(answers)} of {len(self.deaths)} learners")
+            if waited > args.learner_timeout and (missing := undecodable_agents(rows)):
+                say(f"update {t}: too few learners have answered, agent {missing[0]} is computed here")
+                here[missing[0]] = encode(np.eye(C.shape[1])[missing[0]], job, self.spec, t)
         for j in self.busy:
-            self.nodes.send(j, -t, 0.0)  # enough: stop
-
-        arrived, parts = time.monotonic(), [*answers.values(), *here.values()]
-        X = decode(rows, torch.stack([y for y, _ in parts]), args.max_grad_norm, self.code.exact)
-        info = {"learners/seconds": arrived - begin, "learners/decode_seconds": time.monotonic() - arrived,
-                "learners/used": len(answers), "learners/stragglers_used": sum(slow[[*answers]]),
+            self.send(j, -t, 0.0)  # enough: stop
+        info = {"learners/seconds": time.monotonic() - begin, "learners/used": len(answers),
                 "learners/computed_here": len(here), "learners/restarts": self.restarts}
-        return X, losses_of(parts), info
+        return *solution(rows, [*answers.values(), *here.values()], args, self.code.exact), info
 
     def listen(self, t, answers):
-        """Take in one message, for which to wait at most 0.2 s, and replace who has not answered in time."""
-        with contextlib.suppress(queue.Empty):
-            j, when, answer = self.inbox.get(timeout=0.2)
+        """Take in what learners say, for at most 0.2 s; put others in the place of the dead and the silent."""
+        for j, when, answer in self.receive(0.2):
             self.busy.pop(j, None)
             if when < 0:
                 self.idle.discard(j)
-                self.restarts, self.deaths[j] = self.restarts + 1, self.deaths[j] + 1
-            else:
-                self.idle.add(j)
-                self.ready, self.deaths[j] = self.ready + 1, 0 if when else self.deaths[j]
+                self.lost(j)
+                continue
+            self.idle.add(j)
+            self.deaths[j] *= when == 0
             if when == t and answer:
                 answers[j] = answer
-            if self.deaths[j] > 5:
-                hint = "" if self.ready else '; a program that calls train() needs `if __name__ == "__main__":`'
-                raise Stopped(f"learner {j} has ended {self.deaths[j]} times in a row ({answer!r}){hint}")
         for j, since in [*self.busy.items()]:
             if time.monotonic() - since > self.args.learner_timeout:
-                print(f"{SCRIPT}: learner {j} has not answered in {self.args.learner_timeout:g} s: replaced",
-                      file=sys.stderr, flush=True)
+                say(f"learner {j} has not answered in {self.args.learner_timeout:g} s and is replaced")
                 del self.busy[j]
-                self.nodes.kill(j)
+                self.lost(j)
 
-    def close(self):
-        with self.lock:
-            self.closed = True
-            self.nodes.close()
+    def lost(self, j):
+        self.restarts += 1
+        self.deaths[j] += 1
+        if self.deaths[j] > 5:
+            raise Stopped(f"learner {j} has ended 6 times in a row without an answer (a program that calls "
+                          'train() needs `if __name__ == "__main__":`)')
+        self.kill(j)
+        self.start(j)
 
-
-class Local:
-    """Processes on this machine. Job and results lie in shared memory; a message is a few bytes through a
-    pipe, which never fills up: a learner is sent a job and a cancel, no more. End of file means death."""
-
-    def __init__(self, code, spec, args):
-        methods = multiprocessing.get_all_start_methods()  # a plain fork would copy torch's threads in any state
-        self.context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise SystemExit(2)  # a learner is importing a program without the guard, which would start learners
-        if "forkserver" in methods and current_thread() is main_thread():
-            self.context.set_forkserver_preload(["__main__", SCRIPT, "torch"])
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the controller
-            forkserver.ensure_running()
-            signal.signal(signal.SIGINT, handler)
-        P = max(map(sum, zip(lengths(spec, "critic"), lengths(spec, "actor"))))
-        self.flat = self.context.RawArray("f", sum(map(math.prod, job_shapes(spec))))
-        self.results = self.context.RawArray("d", len(code.C) * P)
-        self.job = job_views(torch.frombuffer(self.flat, dtype=torch.float32), spec)
-        self.Y = torch.frombuffer(self.results, dtype=torch.float64).view(len(code.C), P)
-        self.given = (self.flat, self.results, code, spec, args.agent_seconds)
-        self.process, self.pipe = {}, {}
+    def publish(self, job):
+        if self.job is None:
+            self.job = Job(*(tensor.cpu().clone().share_memory_() for tensor in job))
+            self.Y = torch.zeros(len(self.code.C), width(self.spec), dtype=torch.float64).share_memory_()
+            for j in self.deaths:
+                self.start(j)
+        for ours, new in zip(self.job, job):
+            ours.copy_(new)
 
     def start(self, j):
         self.pipe[j], theirs = self.context.Pipe()
-        self.process[j] = self.context.Process(target=learner, args=(j, theirs, *self.given), daemon=True)
+        given = (theirs, self.job, self.Y[j], self.code.C[j], self.spec, self.code.exact, self.args.agent_seconds)
+        self.process[j] = self.context.Process(target=learner, args=given, daemon=True)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is for us
         self.process[j].start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-
-    def publish(self, job):
-        for ours, new in zip(self.job, job):
-            ours.copy_(new)
 
     def send(self, j, *message):
         with contextlib.suppress(OSError):  # dead: receive() sees the end of the pipe
             self.pipe[j].send(message)
 
-    def receive(self, j):
-        t, losses = self.pipe[j].recv()
-        return t, losses and (self.Y[j], losses)
+    def receive(self, seconds):
+        name = {pipe: j for j, pipe in self.pipe.items()}
+        for pipe in connection.wait([*name], seconds):
+            try:
+                t, losses = pipe.recv()  # first (0, None): it is ready
+                yield name[pipe], t, losses and (self.Y[name[pipe]], losses)
+            except (EOFError, OSError):
+                yield name[pipe], -1, None
 
     def kill(self, j):
         self.process[j].kill()
+        self.process[j].join()
+        self.pipe[j].close()
 
     def close(self):
         for process in self.process.values():
             process.kill()
-        for process in self.process.values():
-            process.join(5)
 
 
-def learner(j, pipe, flat, results, code, spec, agent_seconds):
+def say(text):
+    print(f"{SCRIPT}: {text}", file=sys.stderr, flush=True)
+    return True
+
+
+def learner(pipe, job, out, row, spec, exact, agent_seconds):
     """A learner process: one job after another, until the controller hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    job = job_views(torch.frombuffer(flat, dtype=torch.float32), spec)
-    out = torch.frombuffer(results, dtype=torch.float64).view(len(code.C), -1)[j]
 
     def cancelled(seconds):
         return pipe.poll(seconds) and bool(pipe.recv())  # nothing else comes in mid-job
@@ -851,77 +789,10 @@ def learner(j, pipe, flat, results, code, spec, agent_seconds):
         while True:
             t, delay = pipe.recv()
             if t > 0:  # otherwise a cancel that came after the answer
-                answer = encode(code.C[j], job, spec, t, code.exact, cancelled, agent_seconds, delay)
+                answer = encode(row, job, spec, t, exact, cancelled, agent_seconds, delay)
                 if answer:
                     out.copy_(answer[0])
                 pipe.send((t, answer and answer[1]))
-
-
-class Ray:
-    """The same as actors on Ray, a running cluster's or this machine's. Of Ray's own restarts and
-    cancellation nothing is used."""
-
-    def __init__(self, code, spec, args):
-        try:
-            import ray
-            ray.init(args.ray_address, log_to_driver=False, logging_level="CRITICAL", include_dashboard=False
-                     if args.ray_address == "local" else None)
-        except Exception as error:
-            fail(f"--engine ray --ray-address {args.ray_address}: {type(error).__name__}: {error}")
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes need torch, not this file
-        options = dict(num_cpus=0.1, max_concurrency=2, scheduling_strategy="SPREAD")
-        self.ray, self.given, self.actors = ray, (code, spec, args.agent_seconds), {}
-        self.Actor, self.pending = ray.remote(**options)(RemoteLearner), {}
-
-    def start(self, j):
-        self.pending[j] = queue.SimpleQueue()
-        self.actors[j] = self.Actor.remote(j, *self.given)
-        self.pending[j].put(self.actors[j].ready.remote())
-
-    def publish(self, job):
-        self.flat = self.ray.put(torch.cat([z.flatten().cpu() for z in job]).numpy())
-
-    def send(self, j, t, delay):
-        if t < 0:
-            self.actors[j].cancel.remote(-t)
-        else:
-            self.pending[j].put(self.actors[j].work.remote(self.flat, t, delay))
-
-    def receive(self, j):
-        t, answer = self.ray.get(self.pending[j].get())
-        return t, answer and (torch.from_numpy(answer[0].copy()), answer[1])
-
-    def kill(self, j):
-        self.ray.kill(self.actors[j])
-
-    def close(self):
-        self.ray.shutdown()
-
-
-class RemoteLearner:
-    """A learner as an actor with two threads, one of which listens for cancel."""
-
-    def __init__(self, j, code, spec, agent_seconds):
-        torch.set_num_threads(1)
-        self.row, self.exact, self.spec, self.agent_seconds = code.C[j], code.exact, spec, agent_seconds
-        self.stop, self.news = 0, threading.Condition()
-
-    def ready(self):
-        return 0, None
-
-    def cancel(self, t):
-        with self.news:
-            self.stop = t
-            self.news.notify()
-
-    def work(self, flat, t, delay):
-        def cancelled(seconds):
-            with self.news:
-                return self.news.wait_for(lambda: self.stop >= t, seconds)
-
-        job = job_views(torch.from_numpy(flat.copy()), self.spec)
-        answer = encode(self.row, job, self.spec, t, self.exact, cancelled, self.agent_seconds, delay)
-        return t, answer and (answer[0].numpy(), answer[1])
 
 
 def make_engine(args, spec):
@@ -935,120 +806,97 @@ def make_engine(args, spec):
     load = np.count_nonzero(code.C, axis=1)
     if args.num_stragglers > np.count_nonzero(load):
         fail(f"--num-stragglers {args.num_stragglers}: only {np.count_nonzero(load)} learners have work")
-    few, sure = load[load > 0].min(), "" if code.proved else " (in 3,000 subsets tried)"
-    print(f"{args.scheme}: {args.num_learners} learners, {few} to {load.max()} of {len(spec.obs)} agents each, "
-          f"any {code.survives} may be lost{sure}; condition numbers up to {code.condition:.0e}", flush=True)
-    return (Inline if args.engine == "inline" else Learners)(code, spec, args)
+    sure = "" if code.proved else " (in 3,000 subsets tried)"
+    print(f"{args.scheme}: {args.num_learners} learners, {load[load > 0].min()} to {load.max()} agents each, any "
+          f"{code.survives} may be lost{sure}; condition numbers up to {code.condition:.0e}", flush=True)
+    return (Central if args.engine == "inline" else Learners)(code, spec, args)
 
 
 @torch.no_grad()
-def apply_update(nets, optimizer, spec, X, args):
+def apply_update(nets, spec, X, args):
     """What eqs. (10) and (11) change, in place; X (M, P), row i is [g_q, g_p] of agent i, then zeros."""
-    optimizer["n"] += 1
+    nets["n"] += 1
     sizes = [*zip(lengths(spec, "critic"), lengths(spec, "actor"))]
-    parts = [row[: q + p].split([q, p]) for row, (q, p) in zip(X, sizes)]
-    for name, gradients in zip(("critic", "actor"), zip(*parts)):
-        change, *optimizer[name] = adam(torch.cat(gradients), *optimizer[name], optimizer["n"], args.lr)
-        nets[name] += change
-        nets[f"target_{name}"].lerp_(nets[name], args.tau)
+    parts = [row[: sum(size)].split(size) for row, size in zip(X, sizes)]
+    for kind, gradients in zip(("critic", "actor"), zip(*parts)):
+        m, v = nets[f"m_{kind}"], nets[f"v_{kind}"]
+        change, m, v = adam(torch.cat(gradients), m, v, nets["n"].item(), args.lr)
+        nets |= {f"m_{kind}": m, f"v_{kind}": v}
+        nets[kind] += change
+        nets[f"target_{kind}"].lerp_(nets[kind], args.tau)
 
 
-def iterate(env, spec, nets, optimizer, replay, engine, args, iteration, interrupted=None):
+def iterate(env, spec, nets, replay, engine, args, iteration, run=None):
     """The updates that are due, then the next episodes: so nothing has been drawn or changed when the engine
     gives up, and the state before it can be saved. Returns {tag: value}."""
     logs, step = {}, (iteration - 1) * args.num_envs * args.horizon  # transitions so far
     due = step // args.update_every - math.ceil(args.learning_starts / args.update_every) + 1
-    while step >= args.learning_starts and optimizer["n"] < due:
-        t = optimizer["n"] + 1
-        job = make_job(spec, nets, optimizer, replay.sample(spec.seed, t, args.batch_size), t)
-        X, losses, info = engine.solve(t, job, interrupted)
-        apply_update(nets, optimizer, spec, X.to(args.device), args)
-        logs = info | {"losses/critic": losses[:, 0].mean(), "losses/actor": losses[:, 1].mean()}
+    while step >= args.learning_starts and nets["n"] < due:
+        t = nets["n"].item() + 1
+        job = make_job(spec, nets, replay.sample(spec.seed, t, args.batch_size), t)
+        X, losses, logs = engine.solve(t, job, run)
+        apply_update(nets, spec, X.to(args.device), args)
+        logs |= {"losses/critic": losses[:, 0].mean(), "losses/actor": losses[:, 1].mean()}
+
+    # the next episodes
     episodes = rollout(env, spec, nets["actor"], (spec.seed, iteration, PLAY))
-    replay.append(*episodes)
-    returns = episodes[2][..., :-1].sum(0).mean(0)  # (M,)
+    replay.append(episodes)
+    returns = returns_of(spec, episodes).mean(0)  # (M,)
     logs |= {f"charts/episodic_return/agent_{i}": r for i, r in enumerate(returns.tolist())}
     return logs | {"charts/episodic_return": returns.sum()}  # over agents, as the original's
+
+
+def returns_of(spec, episodes):
+    """(B, M)"""
+    return episodes[..., -1 - len(spec.obs) : -1].sum(1)
 
 
 # ================================================================ 6. Evaluation
 # As in the original: actions are sampled as in training. Own envs and own random streams: how often one
 # evaluates does not change what is learned. A net that is all zeros is the random policy. A sum over
 # opponents measures nothing: there the sides stand apart, and each also plays a random other side.
-class Meter:
-    """Plays like the env it wraps and keeps what env.measures() says after each step, if it says anything."""
-
-    def __init__(self, env):
-        self.env, self.seen = env, []
-
-    def __getattr__(self, name):
-        return getattr(self.env, name)
-
-    def step(self, action):
-        out = self.env.step(action)
-        self.seen.append({k: float(v.float().mean()) for k, v in getattr(self.env, "measures", dict)().items()})
-        return out
-
-    def means(self):
-        return {k: sum(s[k] for s in self.seen) / len(self.seen) for k in self.seen[0]}
-
-
 def evaluate(args, spec, actor):
-    """{row: (returns (episodes, M), {measure: mean})}."""
-    env, results = make_env(args, args.eval_episodes), {}
-    mine = sum(lengths(spec, "actor")[: getattr(env, "num_adversaries", 0) or 0])  # numbers of the adversaries
-    zeros = torch.zeros_like(actor)
-    policies = {"eval": actor, "eval/random": zeros}
-    if mine:
-        policies["eval/random_good"] = torch.cat([actor[:mine], zeros[mine:]])
-        policies["eval/random_adversaries"] = torch.cat([zeros[:mine], actor[mine:]])
+    """{tag: value}: returns of learned and random policies, and what the env measures at an episode's end."""
+    env, flat = make_env(args, args.eval_episodes), {}
+    K = getattr(env, "num_adversaries", 0) or 0
+    adversaries = torch.arange(len(actor), device=actor.device) < sum(lengths(spec, "actor")[:K])
+    policies = {"eval": actor, "eval/random": 0 * actor}
+    if K:
+        policies |= {"eval/random_good": actor * adversaries, "eval/random_adversaries": actor * ~adversaries}
     for name, policy in policies.items():
         with torch.random.fork_rng():
             torch.manual_seed(args.seed % 2**32 + 10_000)
-            meter = Meter(env)
-            end = rollout(meter, spec, policy, (spec.seed, 0, EVAL))[2]
-        results[name] = end[..., :-1].sum(0), meter.means()
-    return results
-
-
-def sides(args, returns):
-    """{"return": (episodes,)} summed over all agents; with opponents the sum of each side too."""
-    K = getattr(make_env(args, 1), "num_adversaries", 0) or 0
-    both = {"return_adversaries": returns[:, :K].sum(1), "return_good": returns[:, K:].sum(1)} if K else {}
-    return {"return": returns.sum(1)} | both
-
-
-def interval(x, dim=0):
-    """Half width of the 95 % interval of the mean over dimension 0."""
-    return 1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))
-
-
-def summary(args, results):
-    """{tag: value} of an evaluation."""
-    flat = {}
-    for name, (returns, measures) in results.items():
-        for tag, total in sides(args, returns).items():
-            flat |= {f"{name}/{tag}": total.mean().item(), f"{name}/{tag}_ci95": interval(total).item()}
-        flat |= {f"{name}/return/agent_{i}": r for i, r in enumerate(returns.mean(0).tolist())}
-        flat |= {f"{name}/{k}": v for k, v in measures.items()}
+            returns = returns_of(spec, rollout(env, spec, policy, (spec.seed, 0, EVAL)))
+        values = {"return": returns.sum(1)}
+        if K:
+            values |= {"adversaries": returns[:, :K].sum(1), "good": returns[:, K:].sum(1)}
+        values |= {f"return/agent_{i}": r for i, r in enumerate(returns.T)}
+        values |= env.measures() if hasattr(env, "measures") else {}
+        for tag, value in values.items():
+            flat |= {f"{name}/{tag}": value.mean().item(), f"{name}/{tag}_ci95": interval(value)}
     return flat
 
 
-def table(args, results):
-    """Returns of an episode: all agents, or the two sides, and each agent; learned and random policies."""
-    labels = {"eval": "learned", "eval/random": "random", "eval/random_good": "good: random",
-              "eval/random_adversaries": "adversaries: random"}
-    lines = [f"{args.env}: return of an episode, mean of {args.eval_episodes}, ± 95 % interval"]
-    for name, (returns, measures) in results.items():
-        totals = sides(args, returns)
-        columns = {k.removeprefix("return_"): v for k, v in totals.items() if len(totals) == 1 or "_" in k}
-        columns |= {f"agent {i}": r for i, r in enumerate(returns.unbind(1))}
-        if name == "eval":  # the head
-            names = [*columns] if len(totals) > 1 else ["all agents", *[*columns][1:]]
-            lines.append(f"{'':20s}" + "".join(f"{c:>12s}" for c in names))
-        for label, number in (labels[name], torch.mean), ("  ±", interval):
-            lines.append(f"{label:20s}" + "".join(f"{number(v, 0).item():12.2f}" for v in columns.values()))
-        lines += [f"  {k.replace('_', ' ')} {v:.3f}" for k, v in measures.items()]
+def interval(x):
+    """Half width of the 95 % interval of the mean."""
+    return 1.96 * x.std(correction=min(1, len(x) - 1)).item() / math.sqrt(len(x))
+
+
+def table(args, flat):
+    """What evaluate() found: a line a number, a column a policy. The sum over opponents is left out."""
+    opponents = "eval/good" in flat
+    policies = ["eval/random", *["eval/random_good", "eval/random_adversaries"] * opponents]
+    names = ["learned", *(policy.removeprefix("eval/").replace("_", " ") for policy in policies)]
+    lines = [f"{args.env}: mean of {args.eval_episodes} episodes, ± 95 % interval",
+             " " * 20 + "".join(f"{name:>22s}" for name in names)]
+    for path in flat:
+        tag = path.removeprefix("eval/random/")
+        if tag != path and not tag.endswith("_ci95") and not (opponents and tag == "return"):
+            line = f"{tag.replace('_', ' '):20s}"
+            for policy in ["eval", *policies]:
+                cell = f"{flat[f'{policy}/{tag}']:.2f} ± {flat[f'{policy}/{tag}_ci95']:.2f}"
+                line += f"{cell:>22s}"
+            lines.append(line)
     return "\n".join(lines)
 
 
@@ -1154,26 +1002,18 @@ class Run:
 
 
 # ================================================================ 8. Train
-def build(args, env):
-    """What an update needs, the networks, and Adam's state: n, and [m, v] of critics and of actors."""
-    spec = make_spec(args, env)
-    nets = {k: v.to(args.device) for k, v in make_nets(spec).items()}
-    moments = {k: [torch.zeros_like(nets[k]), torch.zeros_like(nets[k])] for k in ("critic", "actor")}
-    return spec, nets, {"n": 0, **moments}
-
-
 def report(args, results, folder, step):
     """Print the table of an evaluation and write eval.json."""
     print(table(args, results))
-    write_eval(folder, summary(args, results) | {"global_step": step, "seed": args.seed})
+    write_eval(folder, results | {"global_step": step, "seed": args.seed})
 
 
 def film(args, spec, actor, folder):
-    """play.gif: four episodes side by side."""
+    """play.gif: three episodes side by side."""
     camera = envs.Camera(make_env(args, 1))
-    for k in range(4):
+    for k in range(3):
         rollout(camera, spec, actor, (spec.seed, 1 + k, EVAL))
-    print(camera.save(folder / "play.gif", {f"episode {k + 1}": k for k in range(4)}, skip=1))
+    print(camera.save(folder / "play.gif", {f"episode {k + 1}": k for k in range(3)}, skip=1))
 
 
 def train(args):
@@ -1181,47 +1021,46 @@ def train(args):
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
     env = make_env(args, args.num_envs)
-    spec, nets, optimizer = build(args, env)
-    replay, state, iteration, step = Replay(args, spec), None, 0, 0
+    spec = make_spec(args, env)
+    nets, replay = make_nets(spec, args.device), Replay(args, spec)
+    state, iteration, step = None, 0, 0
     if path := args.resume or args.evaluate:
         state = load(path)
-        nets, optimizer = ({k: [z.to(args.device) for z in v] if isinstance(v, list) else v for k, v in d.items()}
-                           for d in (state["nets"], state["optimizer"]))
-        nets = {k: v.to(args.device) for k, v in nets.items()}
+        for name in nets:
+            nets[name].copy_(state["nets"][name])
         iteration, step = state["iteration"], state["step"]
     if args.evaluate:
         report(args, evaluate(args, spec, nets["actor"]), state["folder"], step)
         return film(args, spec, nets["actor"], state["folder"]) if args.capture_video else None
     if state:
-        replay.load_state_dict(state["replay"])
-    engine, why = make_engine(args, spec), None
+        replay.rows[: len(state["rows"])] = state["rows"]
+        replay.stored = iteration * args.num_envs
+    engine, why = make_engine(args, spec), ""
 
     with contextlib.closing(engine), Run(args, state) as run:
-        stop = done = False
+        done = stop = False
         while not stop:
-            # an iteration; when the engine gives up, what was before it is saved
+            # an iteration; if the engine gives up, what was before it is saved
             try:
-                logs = iterate(env, spec, nets, optimizer, replay, engine, args, iteration + 1,
-                               lambda: run.interrupted)
-            except Stopped as error:
-                why, stop = str(error), True
-            else:
+                logs = iterate(env, spec, nets, replay, engine, args, iteration + 1, run)
                 iteration += 1
                 step += args.num_envs * args.horizon
                 done = step >= args.total_steps
-                stop = done or run.interrupted
-                milestone = bool(done or args.eval_every and iteration % args.eval_every == 0)
-                if milestone:
-                    results = evaluate(args, spec, nets["actor"])
-                    logs |= summary(args, results)
+            except Stopped as error:
+                why, logs = str(error), {}
+            stop = done or run.interrupted or not logs
+            milestone = bool(done or logs and args.eval_every and iteration % args.eval_every == 0)
+            if milestone:
+                results = evaluate(args, spec, nets["actor"])
+                logs |= results
+            if logs:
                 run.log(logs, step, f"return {logs['charts/episodic_return']:.2f}", milestone)
-            # the replay makes checkpoints large
             if stop or iteration % args.save_every == 0:
-                run.save(step, nets=nets, optimizer=optimizer, replay=replay.state_dict(), iteration=iteration)
+                run.save(step, nets=nets, rows=replay.rows[: replay.stored].clone(), iteration=iteration)
         if done:
             report(args, results, run.dir, step)
         size = (run.dir / "checkpoint.pt").stat().st_size / 1e6
-        print(f"{run.dir}/checkpoint.pt: {size:.0f} MB with the replay; --resume it, or --evaluate it")
+        print(f"{run.dir}/checkpoint.pt: {size:.0f} MB, of which the replay is nearly all")
     if why:
         fail(f"{why}. All before it is in {run.dir}/checkpoint.pt: go on with --resume", code=1)
 
