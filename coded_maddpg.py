@@ -36,14 +36,14 @@ Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor 
              [D4] mds: Chebyshev polynomials. The paper's powers of .1 ... .5 are singular to floating point
                   (mds-paper shows it). sparse-mds, and the checks of C at the start, are ours.
              [D5] Targets start as copies, the base code's as independent draws. Adam is TensorFlow's.
-  Run        python coded_maddpg.py --env simple_spread                       # no learners: @MIN@
+  Run        python coded_maddpg.py --env simple_spread                       # no learners: 2 min on one core
              python coded_maddpg.py --env simple_tag --num-agents 8 --adv-policy ddpg
              python coded_maddpg.py --env simple_spread --num-agents 8 --num-learners 15 --num-stragglers 4
              python coded_maddpg.py --env simple_push --num-agents 8 --num-learners 15 --scheme ldpc
              python coded_maddpg.py --env simple_spread --num-learners 15 --scheme mds-paper --engine inline
              python benchmark/ray_engine.py --env simple_spread --num-learners 15     # on a Ray cluster
              python coded_maddpg.py --evaluate runs/x/checkpoint.pt --capture-video     # the table and a film
-  Expect     simple_spread: return @RET@, summed over agents (random: -74). With learners the result
+  Expect     simple_spread: return about -43, summed over agents (random: -74). With learners the result
              is that without, bit by bit, whatever dies. Please cite the papers above for the methods.
 """
 
@@ -57,7 +57,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, fields
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Annotated, Literal, NamedTuple, Optional
@@ -294,7 +294,7 @@ PLAY, TARGETS, BATCH, SLOW, EVAL = range(1 << 15, (1 << 15) + 5)  # streams besi
 
 def keyed(seed, t, stream):
     """A counter-based generator: what it draws depends on (seed, t, stream) alone, wherever it runs."""
-    return np.random.Generator(np.random.Philox(key=[seed, t << 16 | stream]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed, t << 16 | stream], np.uint64)))
 
 
 def gumbel(seed, t, stream, shape):
@@ -671,16 +671,20 @@ class Learners(Central):
         self.context = mp.get_context("forkserver" if forks else "spawn")
         if forks:
             self.context.set_forkserver_preload(["__main__", SCRIPT, "torch"])
+        if forks and current_thread() is main_thread():  # learners inherit this: Ctrl-C is for the controller
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            forkserver.ensure_running()
+            signal.signal(signal.SIGINT, handler)
         self.idle, self.busy = set(), {}  # busy: since when
         self.deaths = {j: 0 for j in np.flatnonzero(code.C.any(1)).tolist()}  # since an answer; of all with work
         self.restarts, self.job, self.process, self.pipe = 0, None, {}, {}
 
     def solve(self, t, job, run):
-        C, args, begin = self.code.C, self.args, time.monotonic()
+        C, args, begin, unit = self.code.C, self.args, time.monotonic(), np.eye(len(self.spec.obs))
         slow = slow_ones(C, self.spec.seed, t, args.num_stragglers)
         answers, here, told = {}, {}, False  # of learners; of agents that are computed here
         self.publish(job)
-        while not decodable(rows := np.concatenate([C[[*answers]], np.eye(C.shape[1])[[*here]]]), self.code.exact):
+        while not decodable(rows := np.concatenate([C[[*answers]], unit[[*here]]]), self.code.exact):
             # hand the job to all who are idle, then take in what comes
             for j in self.idle - answers.keys():
                 self.busy[j] = time.monotonic()
@@ -693,10 +697,10 @@ class Learners(Central):
             # patience has an end: then a missing agent is computed here
             waited = time.monotonic() - begin
             if waited > 10 and not told:
-                told = say(f"update {t}: waiting for {len(self.deaths) - len(answers)} of {len(self.deaths)} learners")
+                told = say(f"update {t} waits for {len(C) - len(answers)} of {len(C)} learners")
             if waited > args.learner_timeout and (missing := undecodable_agents(rows)):
                 say(f"update {t}: too few learners have answered, agent {missing[0]} is computed here")
-                here[missing[0]] = encode(np.eye(C.shape[1])[missing[0]], job, self.spec, t)
+                here[missing[0]] = encode(unit[missing[0]], job, self.spec, t)
         for j in self.busy:
             self.send(j, -t, 0.0)  # enough: stop
         info = {"learners/seconds": time.monotonic() - begin, "learners/used": len(answers),
@@ -741,11 +745,10 @@ class Learners(Central):
 
     def start(self, j):
         self.pipe[j], theirs = self.context.Pipe()
-        given = (theirs, self.job, self.Y[j], self.code.C[j], self.spec, self.code.exact, self.args.agent_seconds)
+        options = (self.spec, self.code.exact, self.args.agent_seconds)
+        given = (theirs, self.job, self.Y[j], self.code.C[j], *options)
         self.process[j] = self.context.Process(target=learner, args=given, daemon=True)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is for us
         self.process[j].start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def send(self, j, *message):

@@ -2,8 +2,8 @@
 coded_maddpg.py with its learners as actors on Ray, on this machine or on a cluster; every other argument is
 the script's.
 
-  python benchmark/ray_engine.py --env simple_spread --num-learners 15                   starts Ray here
-  RAY_ADDRESS=auto python benchmark/ray_engine.py --env simple_spread --num-learners 15  joins a running cluster
+  python benchmark/ray_engine.py --env simple_spread --num-learners 15  # here
+  RAY_ADDRESS=auto python benchmark/ray_engine.py --env simple_spread --num-learners 15    # a running cluster
 
 Nodes join one by `ray start --address host:port`. They need torch, numpy and tyro, not this repository.
 """
