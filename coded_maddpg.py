@@ -156,11 +156,9 @@ def preset(args):
 def check(args):
     """Refuse what no single argument can be blamed for."""
     if args.replay_size < max(args.learning_starts, args.num_envs * args.horizon):
-        fail(f"--replay-size {args.replay_size} is smaller than --learning-starts {args.learning_starts} "
-             f"or than the {args.num_envs * args.horizon} transitions of an iteration")
+        fail("--replay-size must hold --learning-starts and the --num-envs x --horizon of an iteration")
     if args.num_stragglers and args.straggler_delay >= args.learner_timeout and args.engine != "inline":
-        fail(f"--straggler-delay {args.straggler_delay:g} must be shorter than --learner-timeout "
-             f"{args.learner_timeout:g}: every straggler would count as dead")
+        fail("--straggler-delay must be shorter than --learner-timeout: every straggler would count as dead")
     if args.num_stragglers and not args.num_learners:
         fail("--num-stragglers needs --num-learners")
 
@@ -676,7 +674,7 @@ class Learners(Central):
             forkserver.ensure_running()
             signal.signal(signal.SIGINT, handler)
         self.idle, self.busy = set(), {}  # busy: since when
-        self.deaths = {j: 0 for j in np.flatnonzero(code.C.any(1)).tolist()}  # since an answer; of all with work
+        self.deaths = {j: 0 for j in np.flatnonzero(code.C.any(1)).tolist()}  # since an answer
         self.restarts, self.job, self.process, self.pipe = 0, None, {}, {}
 
     def solve(self, t, job, run):
@@ -708,7 +706,7 @@ class Learners(Central):
         return *solution(rows, [*answers.values(), *here.values()], args, self.code.exact), info
 
     def listen(self, t, answers):
-        """Take in what learners say, for at most 0.2 s; put others in the place of the dead and the silent."""
+        """Take in what learners say, for at most 0.2 s; replace the dead and the silent."""
         for j, when, answer in self.receive(0.2):
             self.busy.pop(j, None)
             if when < 0:
@@ -810,8 +808,8 @@ def make_engine(args, spec):
     if args.num_stragglers > np.count_nonzero(load):
         fail(f"--num-stragglers {args.num_stragglers}: only {np.count_nonzero(load)} learners have work")
     sure = "" if code.proved else " (in 3,000 subsets tried)"
-    print(f"{args.scheme}: {args.num_learners} learners, {load[load > 0].min()} to {load.max()} agents each, any "
-          f"{code.survives} may be lost{sure}; condition numbers up to {code.condition:.0e}", flush=True)
+    print(f"{args.scheme}: {args.num_learners} learners, {load[load > 0].min()} to {load.max()} agents each, "
+          f"any {code.survives} may be lost{sure}; condition numbers up to {code.condition:.0e}", flush=True)
     return (Central if args.engine == "inline" else Learners)(code, spec, args)
 
 
@@ -1005,12 +1003,6 @@ class Run:
 
 
 # ================================================================ 8. Train
-def report(args, results, folder, step):
-    """Print the table of an evaluation and write eval.json."""
-    print(table(args, results))
-    write_eval(folder, results | {"global_step": step, "seed": args.seed})
-
-
 def film(args, spec, actor, folder):
     """play.gif: three episodes side by side."""
     camera = envs.Camera(make_env(args, 1))
@@ -1026,6 +1018,8 @@ def train(args):
     env = make_env(args, args.num_envs)
     spec = make_spec(args, env)
     nets, replay = make_nets(spec, args.device), Replay(args, spec)
+
+    # continue, or evaluate
     state, iteration, step = None, 0, 0
     if path := args.resume or args.evaluate:
         state = load(path)
@@ -1033,8 +1027,11 @@ def train(args):
             nets[name].copy_(state["nets"][name])
         iteration, step = state["iteration"], state["step"]
     if args.evaluate:
-        report(args, evaluate(args, spec, nets["actor"]), state["folder"], step)
+        results = evaluate(args, spec, nets["actor"])
+        print(table(args, results))
+        write_eval(state["folder"], results | {"global_step": step, "seed": args.seed})
         return film(args, spec, nets["actor"], state["folder"]) if args.capture_video else None
+    # learners, and the replay of the checkpoint
     if state:
         replay.rows[: len(state["rows"])] = state["rows"]
         replay.stored = iteration * args.num_envs
@@ -1052,6 +1049,7 @@ def train(args):
             except Stopped as error:
                 why, logs = str(error), {}
             stop = done or run.interrupted or not logs
+            # evaluate, log, save
             milestone = bool(done or logs and args.eval_every and iteration % args.eval_every == 0)
             if milestone:
                 results = evaluate(args, spec, nets["actor"])
@@ -1061,9 +1059,9 @@ def train(args):
             if stop or iteration % args.save_every == 0:
                 run.save(step, nets=nets, rows=replay.rows[: replay.stored].clone(), iteration=iteration)
         if done:
-            report(args, results, run.dir, step)
-        size = (run.dir / "checkpoint.pt").stat().st_size / 1e6
-        print(f"{run.dir}/checkpoint.pt: {size:.0f} MB, of which the replay is nearly all")
+            print(table(args, results))
+            write_eval(run.dir, results | {"global_step": step, "seed": args.seed})
+        print(f"checkpoint.pt, with the replay: {(run.dir / 'checkpoint.pt').stat().st_size / 1e6:.0f} MB")
     if why:
         fail(f"{why}. All before it is in {run.dir}/checkpoint.pt: go on with --resume", code=1)
 

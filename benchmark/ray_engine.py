@@ -2,14 +2,13 @@
 coded_maddpg.py with its learners as actors on Ray, on this machine or on a cluster; every other argument is
 the script's.
 
-  python benchmark/ray_engine.py --env simple_spread --num-learners 15  # here
-  RAY_ADDRESS=auto python benchmark/ray_engine.py --env simple_spread --num-learners 15    # a running cluster
+  python benchmark/ray_engine.py --env simple_spread --num-learners 15                    # here
+  RAY_ADDRESS=host:port python benchmark/ray_engine.py --num-learners 15       # on a cluster
 
-Nodes join one by `ray start --address host:port`. They need torch, numpy and tyro, not this repository.
+Nodes join a cluster by `ray start --address host:port`; they need torch, numpy, tyro, tensorboard and envs/
 """
 
 import os
-import queue
 import sys
 import time
 from pathlib import Path
@@ -21,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import coded_maddpg as c  # noqa: E402
 
 
-class Ray:
-    """What coded_maddpg.Local is for processes. Of Ray's own restarts and cancellation nothing is used."""
+class RayLearners(c.Learners):
+    """Of Ray's own restarts and cancellation nothing is used: a lost actor is replaced by a new one."""
 
     def __init__(self, code, spec, args):
+        super().__init__(code, spec, args)
         try:
             import ray
 
@@ -35,28 +35,40 @@ class Ray:
             c.fail(f"no Ray: {type(error).__name__}: {error}")
         for module in (c, sys.modules[__name__]):
             ray.cloudpickle.register_pickle_by_value(module)
-        self.Actor = ray.remote(num_cpus=0.1, max_concurrency=2, scheduling_strategy="SPREAD")(RemoteLearner)
-        self.ray, self.code, self.given = ray, code, (spec, code.exact, args.agent_seconds)
-        self.actors, self.pending = {}, {}
+        options = dict(num_cpus=0.1, max_concurrency=2, scheduling_strategy="SPREAD")
+        self.ray, self.Actor = ray, ray.remote(**options)(RemoteLearner)
+        self.given, self.actors, self.pending = (spec, code.exact, args.agent_seconds), {}, {}
 
     def publish(self, job):
         self.job = self.ray.put([tensor.cpu().numpy() for tensor in job])
+        for j in self.deaths.keys() - self.actors.keys():
+            self.start(j)
 
     def start(self, j):
-        self.actors[j], self.pending[j] = self.Actor.remote(self.code.C[j], *self.given), queue.SimpleQueue()
-        self.pending[j].put(self.actors[j].ready.remote())
+        self.actors[j] = self.Actor.remote(self.code.C[j], *self.given)
+        self.pending[self.actors[j].ready.remote()] = j
 
     def send(self, j, t, delay):
         if t < 0:
             self.actors[j].cancel.remote(-t)
         else:
-            self.pending[j].put(self.actors[j].work.remote(self.job, t, delay))
+            self.pending[self.actors[j].work.remote(self.job, t, delay)] = j
 
-    def receive(self, j):
-        t, answer = self.ray.get(self.pending[j].get())
-        return t, answer and (torch.from_numpy(answer[0].copy()), answer[1])
+    def receive(self, seconds):
+        self.ray.wait([*self.pending], timeout=seconds)
+        done, _ = self.ray.wait([*self.pending], num_returns=len(self.pending), timeout=0)
+        for ref in done:
+            j = self.pending.pop(ref, None)
+            if j is None:  # of an actor that has been replaced
+                continue
+            try:
+                t, answer = self.ray.get(ref)
+                yield j, t, answer and (torch.from_numpy(answer[0].copy()), answer[1])
+            except self.ray.exceptions.RayError:
+                yield j, -1, None
 
     def kill(self, j):
+        self.pending = {ref: k for ref, k in self.pending.items() if k != j}
         self.ray.kill(self.actors[j])
 
     def close(self):
@@ -92,5 +104,5 @@ class RemoteLearner:
 
 
 if __name__ == "__main__":
-    c.Local = Ray
+    c.Learners = RayLearners
     c.train(c.parse())
