@@ -61,6 +61,10 @@ def mean_time(C, k, work, delay):
     return float(np.mean([c.arrivals(C, c.slow_ones(C, 1, t, k), work, delay)[1] for t in range(DRAWS)]))
 
 
+def matrix(scheme, M):
+    return c.make_code(scheme, N, M, seed=30, ldpc="3,5,3" if M == 8 else "3,5,2").C
+
+
 def paper_rows():
     for (world, delay, ks), by_agents in BARS.items():
         for M, bars in by_agents.items():
@@ -68,7 +72,7 @@ def paper_rows():
             fixed = bars[1] - 5 * work
             yield "paper", world, M, "centralized", 0, fixed + 5 * M * work, bars[0]
             for s, scheme in enumerate(SCHEMES):  # the paper's mds is dense; our rounding makes some zeros
-                C = c.chebyshev(N, M) if scheme == "mds" else c.make_code(scheme, N, M, seed=30, ldpc="3,5,3" if M == 8 else "3,5,2").C
+                C = c.chebyshev(N, M) if scheme == "mds" else matrix(scheme, M)
                 for a, k in enumerate(ks):
                     bar = bars[1 + 3 * s + a]
                     yield ("paper", world, M, scheme, k, fixed + 5 * mean_time(C, k, work, delay),
@@ -78,7 +82,7 @@ def paper_rows():
 def formula_rows():
     for M in (8, 10):
         for scheme in [*SCHEMES, "sparse-mds"]:
-            C = c.make_code(scheme, N, M, seed=30, ldpc="3,5,3" if M == 8 else "3,5,2").C
+            C = matrix(scheme, M)
             for k in range(9):
                 yield "formula", "any", M, scheme, k, mean_time(C, k, WORK, DELAY), ""
 

@@ -303,7 +303,8 @@ def test_iteration_times_have_their_closed_forms():
         assert times["uncoded"] == pytest.approx(work + delay * (k > 0))
         assert times["mds"] == pytest.approx(8 * work, rel=0.13)
         assert 4 * work - 1e-9 <= times["sparse-mds"] <= 5 * work + 1e-9
-        assert times["replication"] == pytest.approx(work + delay * (1 - P_DECODABLE["replication"][k]), abs=0.02)
+        lost = 1 - P_DECODABLE["replication"][k]
+        assert times["replication"] == pytest.approx(work + delay * lost, abs=0.02)
 
 
 # ---------------------------------------------------------------- learners as processes
@@ -361,7 +362,8 @@ def test_ctrl_c_while_learners_start_is_no_traceback(tmp_path):
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everybody
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in errors and (tmp_path / "r" / "checkpoint.pt").exists()
+    assert process.returncode == 0 and "Traceback" not in errors
+    assert (tmp_path / "r" / "checkpoint.pt").exists()
 
 
 @pytest.mark.slow
