@@ -1,25 +1,38 @@
 """
-Batched worlds: the only code that the six scripts share.
+Batched environments: the only code that the six scripts share.
 
-    env = make("ipd", num_envs=64)
+    env = make("ipd", num_envs=64, horizon=150)
 
-    env.num_envs B   env.horizon H   env.num_agents N   env.obs_dims[i]   env.action_dims[i]   env.discrete
-    obs = env.reset(task=None)                                    obs[i]: (B, O_i) float32
-    obs, reward, terminated, truncated, info = env.step(action)   action[i]: (B,) long, or (B, A_i) float32
-                                                                  reward: (B, N) float32, flags: (B,) bool
-    tasks = env.sample_tasks(n, split="train")                    meta worlds; "train" and "test" are disjoint
-    env.reset(task, part=(first, total))                          meta worlds: rows shared among processes
+    every env   num_envs B, horizon H, num_agents N, obs_dims[i], action_dims[i], discrete, device
+                obs = env.reset(task=None)                                obs[i]: (B, O_i) float32
+                obs, reward, terminated, truncated, info = env.step(action)
+                    action[i]: (B,) long where env.discrete, else (B, A_i) float32
+                    reward: (B, N) float32; terminated, truncated: (B,) bool
+    with tasks  splits, the names of its sets of tasks: "train" is the first, and "test" among them
+                sample_tasks(n, split="train") -> (n, D), from torch's global CPU stream; task_dim D
+                reset(task), one a row, (B, D); reset() draws training tasks
+                all_tasks(split) -> (K, D) where the set is finite
+    perhaps     render(row) -> (height, width, 3) uint8;  close();  measures() -> {name: (B,)} at this step
+                action_splits[i], sizes of the one-hot blocks of agent i's action, which may then also be
+                (B, A_i) float32, soft;  num_adversaries K: agents 0 .. K-1 play against the others
 
-`obs` and `action` are tuples over the agents, whose sizes may differ; a world with one agent drops the tuple.
+`obs` and `action` are tuples over the agents, whose sizes may differ; an env with one agent drops the tuple.
 There is no autoreset: all B episodes run to the horizon H together and start again at reset(). An early
 `terminated` is a mask, not a reset, and is never mixed with `truncated`, which only says that time is up.
-Bring your own world by returning any object with these members from a script's make_env().
+What an env returns is the caller's to change. A bad option, task or action is a ValueError of one line.
 
-Dynamics, rewards, observations and tasks live here. Networks, returns, normalisers and learning opponents
-live in the scripts. A module is imported when one of its worlds is made: matrix games need only torch, numpy.
+make(..., part=(rank, world)) makes one of `world` equal shares of a larger batch: whatever is random is drawn
+for the whole and cut, so that several processes play what one would. threads=n bounds MuJoCo's pool.
+In matrix games and half_cheetah_peers a task is whom one meets, and (D,) becomes the shape of the peers.
+
+Bring your own env by returning any object with these members from a script's make_env(); envs/adapters.py
+makes one of a PettingZoo or gymnasium env. Dynamics, rewards, observations and tasks live here. Networks,
+returns, normalisers and learning opponents live in the scripts. A module is imported when one of its envs is
+made: matrix games need only torch and numpy.
 """
 
 from importlib import import_module
+from inspect import signature
 
 from .render import Camera as Camera
 
@@ -56,16 +69,22 @@ WORLDS = {  # name: (module, class)
     "hopper_param": ("multi_agent_mujoco", "HopperParam"),
     "two_agent_half_cheetah": ("multi_agent_mujoco", "TwoAgentHalfCheetah"),
     "rware": ("warehouse", "Warehouse"),
-    "gather": ("battle", "Gather"),
 }
 
 
-def make(name, num_envs, **options):
-    """The world `name` with `num_envs` copies side by side. Raises ValueError for an unknown name or a bad
-    option."""
+def make(name, num_envs, horizon=None, device="cpu", threads=1, part=(0, 1), **options):
+    """The env `name`, `num_envs` copies side by side; horizon=None: its usual one. Other options: see its
+    class. Raises ValueError for anything that it cannot be made with."""
     if name not in WORLDS:
         raise ValueError(f"unknown env {name!r}; known: {', '.join(WORLDS)}")
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, not {num_envs}")
     module, cls = WORLDS[name]
-    return getattr(import_module(f".{module}", __package__), cls)(name, num_envs, **options)
+    try:
+        cls = getattr(import_module(f".{module}", __package__), cls)
+    except ImportError as error:
+        raise ValueError(f"{name} needs a package that is not installed: {error}") from None
+    inits = [vars(c)["__init__"] for c in cls.__mro__[:-1] if "__init__" in vars(c)]
+    known = {key for init in inits for key in signature(init).parameters}
+    if unknown := options.keys() - known:
+        raise ValueError(f"{name} has no option {', '.join(unknown)}")
+    common = dict(horizon=horizon, device=device, threads=threads, part=part)
+    return cls(name, num_envs, **common, **options)

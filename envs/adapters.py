@@ -3,7 +3,10 @@ Bridges between the batched contract (envs/__init__.py) and the two usual interf
 
     to_pettingzoo(make("ipd", 1))                              one of our worlds as a PettingZoo ParallelEnv
     from_pettingzoo(simple_spread_v3.parallel_env, 16)         16 copies of a ParallelEnv as a batched world
-    from_gymnasium(lambda: gymnasium.make("CartPole-v1"), 16)  the same for a gymnasium Env: N = 1, no tuple
+    from_gymnasium(lambda: gymnasium.make("CartPole-v1"), 16)  the same for a gymnasium Env: N = 1, no tuple,
+                                                               or N agents where its spaces are Tuples
+    from_gymnasium(make, 16, tasks={"train": (K, D), "test": (K, D)}, options=lambda task: {"goal": task})
+                                                               the same with tasks: reset(options=) gets them
 
 Copies are stepped one after another in Python: this is for trying a foreign world, not for speed.
 Importing this file needs torch and numpy; gymnasium and pettingzoo are imported when a function needs them.
@@ -14,13 +17,15 @@ from math import prod
 import numpy as np
 import torch
 
+from .base import Env, FiniteTasks
+
 
 def to_pettingzoo(env, render_mode=None):
     """A batched world with num_envs = 1 as a PettingZoo ParallelEnv with agents "agent_0", "agent_1", ...
 
     Observations are float32 Boxes (O_i,); actions are Discrete(A_i), or Boxes (A_i,) without bounds, as the
-    contract states none. reset(options={"task": task}) hands `task` to env.reset. All agents leave together
-    at the first step on which either flag is up; the two flags are passed on as they are.
+    contract states none. reset(options={"task": task}), of shape (D,), chooses the task. All agents leave
+    together at the first step on which either flag is up; the two flags are passed on as they are.
 
     Our worlds draw from torch's global CPU stream. Here reset and step run on a stream of this env's own and
     leave the caller's as it was. reset(seed=s) restarts it as torch.manual_seed(s) would, so that an episode
@@ -63,7 +68,8 @@ def to_pettingzoo(env, render_mode=None):
                 seed = int(torch.randint(2**31 - 1, ()))
             if seed is not None:
                 self._stream = torch.Generator().manual_seed(seed).get_state()
-            obs = self._run(env.reset, (options or {}).get("task"))
+            task = (options or {}).get("task")
+            obs = self._run(env.reset, None if task is None else torch.as_tensor(task)[None])
             self.agents = list(self.possible_agents)
             return self._obs(obs), {name: {} for name in self.agents}
 
@@ -98,69 +104,92 @@ def to_pettingzoo(env, render_mode=None):
     return World()
 
 
-def from_pettingzoo(make_parallel_env, num_envs, horizon=None, device="cpu"):
-    """B = num_envs independent copies, one call of `make_parallel_env` each, as a batched world on `device`.
+def from_pettingzoo(make_env, num_envs, **options):
+    """B = num_envs independent copies, one call of `make_env` each, as a batched env. `options` are those of
+    _Copies. A turn-based (AEC) env is converted if it says that this may be done."""
+    from pettingzoo import AECEnv
+    from pettingzoo.utils.conversions import aec_to_parallel
 
-    horizon=None takes metadata["max_cycles"], else unwrapped.max_cycles. _Copies says how the copies behave.
-    Raises ValueError if there is no horizon, if num_envs < 1, and for spaces that cannot be batched.
-    """
-    envs = [make_parallel_env() for _ in range(num_envs)]
-    if horizon is None and envs:
-        horizon = envs[0].metadata.get("max_cycles") or getattr(envs[0].unwrapped, "max_cycles", None)
-    return _Copies(envs, horizon, device)
-
-
-def from_gymnasium(make_env, num_envs, horizon=None, device="cpu"):
-    """The same for gymnasium: obs (B, O) and action (B,) or (B, A) without the tuple, reward (B, 1).
-
-    horizon=None takes env.spec.max_episode_steps. Raises ValueError as from_pettingzoo does.
-    """
-    envs = [_OneAgent(make_env()) for _ in range(num_envs)]
-    if horizon is None and envs:
-        horizon = getattr(envs[0].env.spec, "max_episode_steps", None)
-    return _Copies(envs, horizon, device)
+    envs = [make_env() for _ in range(num_envs)]
+    if envs and isinstance(envs[0], AECEnv):
+        if not envs[0].metadata.get("is_parallelizable"):
+            raise ValueError(f"{envs[0]} is turn-based (AEC), and its agents cannot move at once: "
+                             "a parallel_env is needed")
+        envs = [aec_to_parallel(env) for env in envs]
+    limits = [e.metadata.get("max_cycles") or getattr(e.unwrapped, "max_cycles", None) for e in envs[:1]]
+    return _copies(envs, limits, **options)
 
 
-class _OneAgent:
-    """A gymnasium Env in the dicts of a ParallelEnv, with the single agent 0."""
+def from_gymnasium(make_env, num_envs, **options):
+    """The same for gymnasium: one agent, or as many as the Tuple of action spaces has members."""
+    envs = [_Agents(make_env()) for _ in range(num_envs)]
+    return _copies(envs, [getattr(env.env.spec, "max_episode_steps", None) for env in envs[:1]], **options)
+
+
+def _copies(envs, limits, horizon=None, tasks=None, **options):
+    """limits: how long the first env says that an episode is, or None."""
+    if horizon is None and limits == [None]:
+        raise ValueError("the env does not say how long an episode is: pass horizon=")
+    horizon = limits[0] if horizon is None and limits else horizon
+    if tasks is None:
+        return _Copies(envs, horizon=horizon, **options)
+    return _CopiesWithTasks(envs, tasks, horizon=horizon, **options)
+
+
+class _Agents:
+    """A gymnasium Env in the dicts of a ParallelEnv, with agents 0, 1, ..."""
 
     def __init__(self, env):
-        self.env, self.unwrapped, self.possible_agents, self.agents = env, env.unwrapped, [0], []
-        self.observation_space = lambda agent: env.observation_space
-        self.action_space = lambda agent: env.action_space
+        from gymnasium.spaces import Tuple
+
+        many = isinstance(env.action_space, Tuple) and isinstance(env.observation_space, Tuple)
+        self.env, self.unwrapped, self.many, self.agents = env, env.unwrapped, many, []
+        self.possible_agents = list(range(len(env.action_space.spaces) if many else 1))
+        self.render, self.close, self.metadata = env.render, env.close, env.metadata
+
+    def observation_space(self, agent):
+        return self.env.observation_space[agent] if self.many else self.env.observation_space
+
+    def action_space(self, agent):
+        return self.env.action_space[agent] if self.many else self.env.action_space
 
     def reset(self, seed=None, options=None):
-        self.agents = [0]
-        return tuple({0: x} for x in self.env.reset(seed=seed, options=options))  # obs, info
+        self.agents = self.possible_agents
+        obs, info = self.env.reset(seed=seed, options=options)
+        return dict(enumerate(obs if self.many else [obs])), info
 
     def step(self, actions):
-        out = self.env.step(actions[0])  # obs, reward, terminated, truncated, info
-        self.agents = [] if out[2] or out[3] else [0]
-        return tuple({0: x} for x in out)
+        moves = [actions[agent] for agent in self.possible_agents]
+        obs, *rest, info = self.env.step(moves if self.many else moves[0])
+        N = len(self.possible_agents)  # reward and flags: one for all, or one for each
+        rest = [dict(enumerate(np.broadcast_to(np.asarray(x), N).tolist())) for x in rest]
+        self.agents = [] if all(rest[1].values()) or any(rest[2].values()) else self.possible_agents
+        return dict(enumerate(obs if self.many else [obs])), *rest, info
 
 
-class _Copies:
+class _Copies(Env):
     """B single envs behind the batched contract.
 
     Observations are flattened to (B, O_i) float32, a Discrete one to one-hot. Actions are all Discrete, (B,)
-    long from 0 whatever the space starts at, or all Box, (B, A_i), neither rescaled nor clipped.
+    long from 0 whatever the space starts at or (B, A_i) float of which the largest counts; or all Box,
+    (B, A_i), clipped to the space. num_adversaries: by default, how many names contain "adversary".
 
     An agent that leaves keeps its last observation and gets reward 0. A copy is over when its last agent
     leaves and stays so until reset(): `truncated` if the env cut any agent short, `terminated` if all came to
     an end of their own (both, if they did so as time ran out). At the horizon `truncated` is up for all B.
     """
 
-    def __init__(self, envs, horizon, device):
+    soft = True
+
+    def __init__(self, envs, num_adversaries=None, **common):
         from gymnasium import spaces
 
-        if not envs:
-            raise ValueError("num_envs must be at least 1")
-        if horizon is None or horizon < 1:
-            raise ValueError(f"no usable episode length ({horizon}): pass horizon=, at least 1")
+        name = envs and envs[0].metadata.get("name") or envs and type(envs[0].unwrapped).__name__
+        super().__init__(name or "copies", len(envs), **common)
         if len({id(env.unwrapped) for env in envs}) < len(envs):
             raise ValueError("the copies must be independent: make a new env at each call")
-        self.envs, self.num_envs, self.horizon, self.device = envs, len(envs), horizon, device
-        self.names, self.num_agents = list(envs[0].possible_agents), len(envs[0].possible_agents)
+        self.envs, self.names = envs, list(envs[0].possible_agents)
+        self.num_agents = len(self.names)
         self.obs_spaces = [envs[0].observation_space(name) for name in self.names]
         self.action_spaces = [envs[0].action_space(name) for name in self.names]
         if not all(space.is_np_flattenable for space in self.obs_spaces):
@@ -171,26 +200,31 @@ class _Copies:
         self.discrete, self.flatten = kinds == {spaces.Discrete}, spaces.flatten
         self.obs_dims = tuple(spaces.flatdim(space) for space in self.obs_spaces)
         self.action_dims = tuple(int(spaces.flatdim(space)) for space in self.action_spaces)
+        if self.discrete:
+            self.action_splits = tuple((A,) for A in self.action_dims)
+        hostile = sum("adversary" in str(name) for name in self.names)
+        self.num_adversaries = hostile if num_adversaries is None else num_adversaries
 
     def reset(self, task=None):
-        """Each copy is seeded from torch's global stream. `task`: None, or B dicts, each copy's options."""
-        options = [None] * self.num_envs if task is None else task
-        if len(options) != self.num_envs:
-            raise ValueError(f"task must be {self.num_envs} dicts of options, one a copy, not {len(options)}")
+        """Each copy is seeded from torch's global stream."""
+        options = self._options(self.check_task(task))
         self.t, self.obs = 0, [np.zeros((self.num_envs, O), np.float32) for O in self.obs_dims]
         self.terminated, self.truncated, self.cut, self.survived = np.zeros((4, self.num_envs), bool)
-        for b, seed in enumerate(torch.randint(2**31 - 1, (self.num_envs,)).tolist()):
+        for b, seed in enumerate(torch.randint(2**31 - 1, (self.total,))[self.mine].tolist()):
             self._keep(b, self.envs[b].reset(seed=seed, options=options[b])[0])
         return self._obs()
 
     def step(self, action):
-        action = [a.detach().cpu().numpy() for a in ((action,) if self.num_agents == 1 else action)]
-        reward, self.t = np.zeros((self.num_envs, self.num_agents), np.float32), self.t + 1
+        action, reward = self.check_action(action), np.zeros((self.num_envs, self.num_agents), np.float32)
+        if self.discrete and not torch.is_tensor(action):
+            action = [a.argmax(1) for a in action]
+        action = [a.detach().cpu().numpy() for a in action]  # each (B,) or (B, A)
+        self.t += 1
         for b, env in enumerate(self.envs):
-            if not env.agents:  # over: the last observation and the flags stay, the reward is 0
+            if not env.agents:  # over
                 continue
-            moves = {n: self._move(i, action[i][b]) for i, n in enumerate(self.names) if n in env.agents}
-            obs, gain, terminated, truncated, _ = env.step(moves)
+            moves = {name: self._move(i, action[i][b]) for i, name in enumerate(self.names)}
+            obs, gain, terminated, truncated, _ = env.step({name: moves[name] for name in env.agents})
             self._keep(b, obs)
             reward[b] = [gain.get(name, 0) for name in self.names]
             self.cut[b] |= any(truncated.values())
@@ -198,11 +232,26 @@ class _Copies:
             if not env.agents:
                 self.terminated[b], self.truncated[b] = not self.survived[b], self.cut[b]
         flags = self.terminated, self.truncated | (self.t >= self.horizon)
-        return self._obs(), *(torch.tensor(x, device=self.device) for x in (reward, *flags)), {}
+        return self._obs(), self.tensor(reward), *(self.tensor(flag, torch.bool) for flag in flags), {}
+
+    def render(self, row=0):
+        frame = self.envs[row].render()
+        if not isinstance(frame, np.ndarray):
+            raise ValueError(f"{self.name} gives no picture: make it with render_mode=\"rgb_array\"")
+        return frame
+
+    def close(self):
+        for env in self.envs:
+            env.close()
+
+    def _options(self, task):
+        return [None] * self.num_envs
 
     def _move(self, i, a):
         space = self.action_spaces[i]
-        return int(a + space.start) if self.discrete else a.reshape(space.shape).astype(space.dtype)
+        if self.discrete:
+            return int(a + space.start)
+        return a.reshape(space.shape).clip(space.low, space.high).astype(space.dtype)
 
     def _keep(self, b, obs):
         for i, name in enumerate(self.names):
@@ -210,5 +259,20 @@ class _Copies:
                 self.obs[i][b] = self.flatten(self.obs_spaces[i], obs[name])
 
     def _obs(self):
-        obs = tuple(torch.tensor(o, device=self.device) for o in self.obs)  # copied, for steps to come
+        obs = tuple(self.tensor(o) for o in self.obs)
         return obs if self.num_agents > 1 else obs[0]
+
+
+class _CopiesWithTasks(FiniteTasks, _Copies):
+    """tasks: {split: (K, D)}, with "train" first. options(task (D,)): what a copy is reset with."""
+
+    def __init__(self, envs, tasks, options=lambda task: {"task": task}, **common):
+        super().__init__(envs, **common)
+        self.tasks = {split: np.asarray(rows, np.float32) for split, rows in tasks.items()}
+        self.options, shapes = options, {rows.shape[1:] for rows in self.tasks.values()}
+        if "train" not in tasks or len(shapes) > 1 or {len(shape) for shape in shapes} != {1}:
+            raise ValueError("tasks must be {split: (K, D) numbers}, of one D, with a split \"train\"")
+        ((self.task_dim,),) = shapes
+
+    def _options(self, task):
+        return [self.options(row) for row in task.cpu().numpy()]

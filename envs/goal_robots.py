@@ -34,8 +34,8 @@ import mujoco
 import numpy as np
 import torch
 
-from .mujoco import Locomotion, Screen, Simulator
-from .navigation import check_task
+from .base import FiniteTasks
+from .mujoco import Bodies, Screen, positive_scale
 
 NUM_GOALS = 100  # in each set
 RINGS = {"train": (0.2, 1.1), "test": (0.2, 1.1), "test2": (1.1, 1.5)}
@@ -152,54 +152,41 @@ def goal_sets(seed=1, spacing=0.1):
     return {split: np.array(goals) for split, goals in sets.items()}
 
 
-class GoalRobot(Locomotion):
+class GoalRobot(FiniteTasks, Bodies):
     """B robots, H steps. reset(task) takes the goals, (B, 2), one a row; without them it draws training
     goals."""
 
-    splits = tuple(RINGS)
+    task_dim = 2
 
-    def __init__(self, name, num_envs, horizon=200, device="cpu", action_scale=1.0, threads=None, stale=False,
-                 task_seed=1):
-        if horizon < 1 or not action_scale > 0:
-            raise ValueError(f"{name}: horizon must be at least 1 and action_scale positive, "
-                             f"not {horizon} and {action_scale}")
-        self.name, self.num_envs, self.horizon, self.device = name, num_envs, horizon, device
-        self.action_scale, self.stale, self.task_dim = action_scale, stale, 2
+    def __init__(self, name, num_envs, action_scale=1.0, stale=False, task_seed=1, **common):
+        super().__init__(name, num_envs, **common)
+        self.action_scale, self.stale = positive_scale(name, action_scale), stale
         model = mujoco.MjModel.from_xml_string(TEXTS[name]())
-        self.sim, self.screen = Simulator(model, num_envs, threads=threads), None
+        self.build(model)
         self.speed, self.position, self.radius = model.actuator_ctrlrange[0, 1], POSITION[name], ARRIVAL[name]
-        self.goals = goal_sets(task_seed, 0.11 if name == "reacher4" else 0.1)
-        start = np.zeros(1 + model.nq + model.nv)  # time, qpos, qvel
+        self.tasks = goal_sets(task_seed, 0.11 if name == "reacher4" else 0.1)
+        self.start, self.nq = np.zeros(1 + model.nq + model.nv), model.nq  # time, qpos, qvel
         if name == "small_ant":
-            start[1 : 1 + model.nq] = ANT_POSE
-        self.start, self.nq = start, model.nq
-        self.obs_dims, self.action_dims = (self._observe(start[None]).shape[1],), (model.nu,)
+            self.start[1 : 1 + model.nq] = ANT_POSE
+        self.obs_dims, self.action_dims = (self._observe(self.start[None]).shape[1],), (model.nu,)
 
-    def reset(self, task=None, part=None):  # part: see envs.mujoco; here no start is random
-        self.task = check_task(task, self).cpu().double().numpy()  # (B, 2)
-        self.state = np.tile(self.start, (self.num_envs, 1))  # (B, S)
-        self.t, (self.terminated, self.diverged, self.arrived) = 0, np.zeros((3, self.num_envs), bool)
-        return self._tensor(self._observe(self.state), torch.float32)
+    def reset(self, task=None):
+        self.near = np.zeros(self.num_envs, bool)
+        return super().reset(task)
 
     def step(self, action):
-        wanted = (self.num_envs, *self.action_dims)
-        if action.shape != wanted:
-            raise ValueError(f"action must be {wanted}, not {tuple(action.shape)}")
-        rows = np.flatnonzero(~self.terminated)  # (n,): only who is alive costs physics
-        u = np.clip(self.action_scale * action.detach().cpu().double().numpy()[rows], -1, 1)  # (n, A)
-        before = self.state[rows]
-        after, diverged = self.sim.step(before, self.speed * u, rows)  # (n, S), (n,)
-        after = self.state[rows] = np.where(diverged[:, None], before, after)
+        *out, info = super().step(action)
+        return *out, info | {"arrived": self.tensor(self.near & ~self.diverged, torch.bool)}
+
+    def _starts(self):
+        return np.tile(self.start, (self.total, 1))
+
+    def _judge(self, rows, after, v, a, u):
+        """Rewards (n,), and who has arrived or fallen."""
         gap = self._place(self.sim.out[: len(rows), -2] if self.stale else after) - self.task[rows]
         gap = np.sqrt((gap**2).sum(1))  # (n,)
-        reward, self.t = np.zeros((self.num_envs, 1)), self.t + 1
-        reward[rows, 0] = np.where(diverged, 0, -gap - 0.0005 * (u**2).sum(1))
-        self.diverged[rows], self.arrived[rows] = diverged, ~diverged & (gap < self.radius)
-        self.terminated[rows] = diverged | self.arrived[rows] | self._fallen(after)
-        truncated = np.full(self.num_envs, self.t >= self.horizon)
-        info = {k: self._tensor(getattr(self, k), torch.bool) for k in ("arrived", "diverged")}
-        return (self._tensor(self._observe(self.state), torch.float32), self._tensor(reward, torch.float32),
-                self._tensor(self.terminated, torch.bool), self._tensor(truncated, torch.bool), info)
+        self.near[rows] = gap < self.radius
+        return -gap - 0.0005 * (u**2).sum(1), self.near[rows] | self._fallen(after)
 
     def _place(self, state):
         """p (n, 2)."""
@@ -220,14 +207,12 @@ class GoalRobot(Locomotion):
         return (state[:, 3] < 0.15) | (state[:, 3] > 0.45) if self.name == "small_ant" else False
 
     def sample_tasks(self, n, split="train"):
-        """(n, 2) goals."""
-        if split not in self.goals:
-            raise ValueError(f"split must be one of {', '.join(self.goals)}, not {split!r}")
-        order = torch.cat([torch.randperm(NUM_GOALS) for _ in range(-(-n // NUM_GOALS))])[:n]
-        return torch.as_tensor(self.goals[split])[order].float().to(self.device)
+        """(n, 2) goals, all different up to n = 100."""
+        goals = self.all_tasks(split)
+        return goals[torch.cat([torch.randperm(NUM_GOALS) for _ in range(-(-n // NUM_GOALS))])[:n]]
 
     def render(self, row=0):
-        """(240, 320, 3) uint8: one row and its goal (green), from above. See Locomotion.render()."""
+        """(240, 320, 3) uint8: one row and its goal (green), from above. See Bodies.render()."""
         if self.screen is None:
             self.screen = Screen(self.sim.model, 320, 240)
         self.sim.model.site_pos[0] = [*self.task[row], 0.1]

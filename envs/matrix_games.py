@@ -12,22 +12,23 @@ Task      whom agent 0 meets: (N-1, S, A) logits, one table for each opponent. T
 import numpy as np
 import torch
 
+from .base import Env
+
 # payoff[own action][other's action]
 PAYOFF = {"ipd": [[-0.5, 1.5], [-1.5, 0.5]], "rps": [[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]}
 CLASSES = {"ipd": ("defective", "cooperative"), "rps": ("rock", "paper", "scissors")}  # by preferred action
 SPLITS = {"train": 200, "val": 20, "test": 20}  # personas of each class
 
 
-class MatrixGame:
+class MatrixGame(Env):
     """B games of H steps. With index_obs, obs[i] is the state as (B,) long instead of one-hot (B, S)
     float32."""
 
-    discrete = True
+    discrete, default_horizon, splits = True, 150, tuple(SPLITS)
 
-    def __init__(self, name, num_envs, horizon=150, device="cpu", index_obs=False, personas=None,
-                 persona_seed=0, ood=False):
-        game, self.num_agents = name[:3], int(name[3:] or 2)
-        self.num_envs, self.horizon, self.device, self.index_obs = num_envs, horizon, device, index_obs
+    def __init__(self, name, num_envs, index_obs=False, personas=None, persona_seed=0, ood=False, **common):
+        super().__init__(name, num_envs, **common)
+        game, self.num_agents, self.index_obs = name[:3], int(name[3:] or 2), index_obs
         self.actions, N = len(PAYOFF[game]), self.num_agents
         self.states = S = 1 + self.actions**N
         self.obs_dims, self.action_dims = (S,) * N, (self.actions,) * N
@@ -37,8 +38,8 @@ class MatrixGame:
         joint = torch.cartesian_prod(*[torch.arange(self.actions)] * N)  # (S-1, N), row order = state order
         pay = torch.tensor(PAYOFF[game])[joint[:, :, None], joint[:, None, :]]  # (S-1, N, N)
         pay = (pay.sum(2) - pay.diagonal(dim1=1, dim2=2)) / (N - 1)
-        self.reward_table = torch.cat([torch.zeros(1, N), pay]).to(device)  # (S, N)
-        self._never = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self.reward_table = torch.cat([torch.zeros(1, N), pay]).to(self.device)  # (S, N)
+        self.digit = self.actions ** torch.arange(N - 1, -1, -1, device=self.device)[:, None]  # (N, 1)
         classes = CLASSES[game]
         if personas is None:
             self.personas = draw_personas(classes, S, self.actions, persona_seed, ood)
@@ -46,33 +47,36 @@ class MatrixGame:
             self.personas = load_personas(personas, classes, S, self.actions)
 
     def reset(self, task=None):
-        """(B,) games at state 0. `task` changes the opponents, not the game, and is accepted for the
-        contract."""
+        """Games at state 0. `task`, (B, N-1, S, A), changes the opponents, not the game."""
+        wanted = (self.num_envs, self.num_agents - 1, self.states, self.actions)
+        if task is not None and tuple(task.shape) != wanted:
+            raise ValueError(f"{self.name}: task must be {wanted}, not {tuple(task.shape)}")
         self.t = 0
         self.state = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         return self._obs()
 
     def step(self, action):
-        joint = action[0]
-        for a in action[1:]:
-            joint = joint * self.actions + a
+        joint = (self.check_action(action) * self.digit).sum(0)  # a number in base A
         self.state, self.t = joint + 1, self.t + 1
-        truncated = ~self._never if self.t >= self.horizon else self._never
-        return self._obs(), self.reward_table[self.state], self._never, truncated, {}
+        truncated = torch.full_like(self.state, self.t >= self.horizon, dtype=torch.bool)
+        return self._obs(), self.reward_table[self.state], torch.zeros_like(truncated), truncated, {}
 
     def _obs(self):
         if self.index_obs:
-            return (self.state,) * self.num_agents
-        return (torch.nn.functional.one_hot(self.state, self.states).float(),) * self.num_agents
+            return tuple(self.state.clone() for _ in range(self.num_agents))
+        state = torch.nn.functional.one_hot(self.state, self.states).float()
+        return state, *(state.clone() for _ in range(self.num_agents - 1))
 
     def sample_tasks(self, n, split="train"):
         """(n, N-1, S, A) logits: every opponent drawn from the whole split, uniformly, with replacement."""
+        self.check_split(split)
         pool = torch.cat(list(self.personas[split].values()))
         return pool[torch.randint(len(pool), (n, self.num_agents - 1))].to(self.device)
 
     def tasks_by_class(self, split):
         """{class: (n, N-1, S, A)}: each persona of the split once as first opponent. Further opponents (N >
         2) come from the whole split in a fixed order, so that two calls give the same tasks."""
+        self.check_split(split)
         pool, out = torch.cat(list(self.personas[split].values())), {}
         order = torch.Generator().manual_seed(0)
         for name, first in self.personas[split].items():

@@ -42,79 +42,25 @@ import mujoco
 import numpy as np
 import torch
 
-from .mujoco import ASSETS, Locomotion, Simulator
-from .navigation import check_task
+from .base import FiniteTasks
+from .mujoco import ASSETS, Bodies
 
 FIELDS = "body_mass", "dof_damping", "geom_friction", "body_inertia"  # in the order of a Hopper's task
 
 
-class Drivers(Locomotion):
+class Drivers(FiniteTasks, Bodies):
     """What the worlds share: B bodies, H steps, N drivers. reset(task) takes (B, D) tasks, one a row; without
-    them it draws training tasks."""
+    them it draws training tasks. self.columns[i] are the columns of the state that driver i sees."""
 
-    frame_skip, default_horizon = 5, 1000
+    default_horizon = 1000
 
-    def __init__(self, name, num_envs, horizon=None, device="cpu", threads=None):
-        self.name, self.num_envs, self.device = name, num_envs, device
-        self.horizon = self.default_horizon if horizon is None else horizon
-        if self.horizon < 1:
-            raise ValueError(f"{name}: horizon must be at least 1, not {horizon}")
-        model = mujoco.MjModel.from_xml_path(os.path.join(ASSETS, self.xml))
-        self.sim, self.screen = Simulator(model, num_envs, self.frame_skip, threads), None
+    def __init__(self, name, num_envs, **common):
+        super().__init__(name, num_envs, **common)
+        self.build(mujoco.MjModel.from_xml_path(os.path.join(ASSETS, self.xml)))
         self.num_agents, self.task_dim = len(self.action_dims), self.tasks["train"].shape[1]
 
-    def reset(self, task=None, part=None):  # part: see envs.mujoco
-        self.task = check_task(task, self).cpu().double().numpy()  # (B, D)
-        B, model = self.num_envs, self.sim.model
-        first, total = part or (0, B)
-        qpos, qvel = self._noise(total, model.nq, model.nv)
-        qpos, qvel = model.qpos0 + qpos[first : first + B], qvel[first : first + B]
-        self.state = np.concatenate([np.zeros((B, 1)), qpos, qvel], axis=1)  # (B, S): time, qpos, qvel
-        self.t, (self.terminated, self.diverged) = 0, np.zeros((2, B), bool)
-        return self._observe()
-
-    def step(self, action):
-        wanted, given = [(self.num_envs, n) for n in self.action_dims], [tuple(a.shape) for a in action]
-        if given != wanted:
-            raise ValueError(f"action must be {wanted}, one for each agent, not {given}")
-        rows = np.flatnonzero(~self.terminated)  # (n,): only who is alive costs physics
-        a = torch.cat(list(action), dim=1).detach().cpu().double().numpy()[rows]  # (n, U)
-        u, before = np.clip(a, -1, 1), self.state[rows]
-        after, diverged = self.sim.step(before, u, rows)  # (n, S), (n,)
-        after = self.state[rows] = np.where(diverged[:, None], before, after)
-        v = (after[:, 1] - before[:, 1]) / self.sim.dt
-        reward, self.t = np.zeros(self.num_envs), self.t + 1
-        with np.errstate(invalid="ignore", over="ignore"):  # of a NaN action, whose row has diverged
-            reward[rows] = np.where(diverged, 0, self._reward(v, a, u, after, self.task[rows]))
-        self.diverged[rows], self.terminated[rows] = diverged, diverged | ~self._healthy(after)
-        truncated = np.full(self.num_envs, self.t >= self.horizon)
-        reward = np.repeat(reward[:, None], self.num_agents, axis=1)  # (B, N)
-        return (self._observe(), self._tensor(reward, torch.float32),
-                *(self._tensor(flag, torch.bool) for flag in (self.terminated, truncated)),
-                {"diverged": self._tensor(self.diverged, torch.bool)})
-
-    def _observe(self):
-        """A tuple over the drivers. self.columns[i] are the columns of state that i sees."""
-        return tuple(self._tensor(self._cut(self.state[:, c]), torch.float32) for c in self.columns)
-
-    def _cut(self, seen):
-        return seen
-
-    def _noise(self, n, nq, nv):
-        """qpos (n, nq) and qvel (n, nv) about the model's own start."""
-        qpos = 0.2 * torch.rand(n, nq, dtype=torch.float64).numpy() - 0.1
-        return qpos, 0.1 * torch.randn(n, nv, dtype=torch.float64).numpy()
-
-    def all_tasks(self, split="train"):
-        """(K, D) float32: all tasks of the split, always in the same order."""
-        if split not in self.tasks:
-            raise ValueError(f"split must be one of {', '.join(self.tasks)}, not {split!r}")
-        return torch.tensor(self.tasks[split], dtype=torch.float32, device=self.device)
-
-    def sample_tasks(self, n, split="train"):
-        """(n, D): rows of all_tasks(split), drawn uniformly and independently."""
-        tasks = self.all_tasks(split)
-        return tasks[torch.randint(len(tasks), (n,))]
+    def _observe(self, state):
+        return [state[:, c] for c in self.columns]
 
 
 class CheetahDir(Drivers):
@@ -124,25 +70,21 @@ class CheetahDir(Drivers):
     # velocities. MaMuJoCo sorts the joints by name: foot, shin, thigh; each position before its velocity.
     columns = [6, 15, 5, 14, 4, 13], [9, 18, 8, 17, 7, 16]
 
-    def _reward(self, v, a, u, after, task):
-        """(n,), see above; of the velocity v (n,), the actions (n, U) and the new state (n, S)."""
-        return task[:, 0] * v - 0.1 * (a**2).sum(1)
-
-    def _healthy(self, state):
-        return np.ones(len(state), bool)
+    def _judge(self, rows, after, v, a, u):
+        return self.task[rows, 0] * v - 0.1 * (a**2).sum(1), False
 
 
 class TwoAgentHalfCheetah(CheetahDir):
     default_horizon, obs_dims, columns = 200, (17, 17), (slice(2, None),) * 2
 
-    def __init__(self, name, num_envs, horizon=None, device="cpu", threads=None, direction=1):
+    def __init__(self, name, num_envs, direction=1, **common):
         if direction not in (-1, 1):
             raise ValueError(f"{name}: direction must be -1 or 1, not {direction!r}")
-        super().__init__(name, num_envs, horizon, device, threads)
+        super().__init__(name, num_envs, **common)
         self.tasks = dict.fromkeys(("train", "test"), np.array([[float(direction)]]))
 
-    def _reward(self, v, a, u, after, task):
-        return task[:, 0] * v - 0.1 * (u**2).sum(1)
+    def _judge(self, rows, after, v, a, u):
+        return self.task[rows, 0] * v - 0.1 * (u**2).sum(1), False
 
 
 class HopperParam(Drivers):
@@ -152,12 +94,12 @@ class HopperParam(Drivers):
     # of state: time, then 6 positions (x, z, pitch, thigh, leg, foot), then their velocities
     columns = [4, 10], [5, 11], [6, 12]
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __init__(self, name, num_envs, **common):
+        super().__init__(name, num_envs, **common)
         self.spare, self.data = [], mujoco.MjData(self.sim.model)
 
-    def reset(self, task=None, part=None):
-        task = check_task(task, self)
+    def reset(self, task=None):
+        task = self.check_task(task)
         if not ((task > 0) & (task < np.inf)).all():
             raise ValueError(f"{self.name}: the multipliers of a task must be positive and finite")
         # Rows of the same task share a model: it is only read. self.sim.model keeps the file's numbers.
@@ -169,17 +111,18 @@ class HopperParam(Drivers):
                 getattr(model, field)[:] = getattr(self.sim.model, field) * factor
             mujoco.mj_setConst(model, self.data)
         self.sim.models = [self.spare[i] for i in index.reshape(-1)]
-        return super().reset(task, part)
+        return super().reset(task)
 
-    def _noise(self, n, nq, nv):
-        noise = 0.01 * torch.rand(n, nq + nv, dtype=torch.float64).numpy() - 0.005
+    def _noise(self, nq, nv):
+        noise = 0.01 * torch.rand(self.total, nq + nv, dtype=torch.float64).numpy() - 0.005
         return noise[:, :nq], noise[:, nq:]
 
-    def _cut(self, seen):
-        return np.concatenate([seen[:, :1], np.clip(seen[:, 1:], -10, 10)], axis=1)
+    def _observe(self, state):
+        return [np.stack([state[:, q], np.clip(state[:, v], -10, 10)], axis=1) for q, v in self.columns]
 
-    def _reward(self, v, a, u, after, task):
-        return v + self._healthy(after) - 0.001 * (a**2).sum(1)
+    def _judge(self, rows, after, v, a, u):
+        healthy = self._healthy(after)
+        return v + healthy - 0.001 * (a**2).sum(1), ~healthy
 
     def _healthy(self, state):
         rest = state[:, 3:]  # all but time, x, z; the first is the torso's angle

@@ -15,31 +15,29 @@ maps [-1, 1] to the range of a step. Numbers under the two must not be compared.
 
 import torch
 
-STRIPES = 100  # of a task range, along its first coordinate; every fifth is held out for "test"
+from .base import Env, uniform_tasks
 
 
-class Navigation:
+class Navigation(Env):
     """B points, H steps. reset(task) takes the goals, (B, 2), one a row; without them it draws training
     goals."""
 
-    discrete, num_agents, obs_dims, action_dims, task_dim = False, 1, (2,), (2,), 2
+    obs_dims, action_dims, task_dim, splits = (2,), (2,), 2, ("train", "test")
 
-    def __init__(self, name, num_envs, horizon=100, device="cpu", action_scale=1.0):
-        if horizon < 1 or not action_scale > 0:
-            raise ValueError(f"{name}: horizon must be at least 1 and action_scale positive, "
-                             f"not {horizon} and {action_scale}")
-        self.num_envs, self.horizon, self.device = num_envs, horizon, device
+    def __init__(self, name, num_envs, action_scale=1.0, **common):
+        super().__init__(name, num_envs, **common)
+        if not action_scale > 0:
+            raise ValueError(f"{name}: action_scale must be positive, not {action_scale}")
         self.action_scale = action_scale
 
-    def reset(self, task=None, part=None):  # part: see envs.mujoco; here no start is random
-        self.task = check_task(task, self).to(self.device, torch.float32)  # (B, 2)
+    def reset(self, task=None):
+        self.task = self.check_task(task).to(self.device, torch.float32)  # (B, 2)
         self.t, self.x = 0, torch.zeros(self.num_envs, 2, device=self.device)
         self.terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        return self.x
+        return self.x.clone()
 
     def step(self, action):
-        if action.shape != self.x.shape:
-            raise ValueError(f"action must be {tuple(self.x.shape)}, not {tuple(action.shape)}")
+        (action,) = self.check_action(action)
         alive = ~self.terminated[:, None]  # (B, 1)
         move = (self.action_scale * action).clamp(-0.1, 0.1)
         self.x, self.t = torch.where(alive, self.x + move, self.x), self.t + 1
@@ -47,7 +45,7 @@ class Navigation:
         reward = torch.where(alive, -gap.norm(dim=1, keepdim=True), 0)  # (B, 1)
         self.terminated = (gap.abs() < 0.01).all(1)  # for good: who has arrived rests
         truncated = torch.full_like(self.terminated, self.t >= self.horizon)
-        return self.x, reward, self.terminated, truncated, {}
+        return self.x.clone(), reward, self.terminated.clone(), truncated, {}
 
     def sample_tasks(self, n, split="train"):
         """(n, 2) goals."""
@@ -62,28 +60,3 @@ class Navigation:
         for where, radius, colour in (self.task, 0.05, [0, 160, 0]), (self.x, 0.03, [0, 0, 0]):
             frame[(pixel - where[row].cpu()).norm(dim=-1) < radius] = torch.tensor(colour, dtype=torch.uint8)
         return frame.numpy()
-
-
-def check_task(task, env):
-    """The rows' tasks, (B, D); fresh training tasks for None. Raises ValueError for another shape."""
-    if task is None:
-        return env.sample_tasks(env.num_envs)
-    task, wanted = torch.as_tensor(task), (env.num_envs, env.task_dim)
-    if task.shape != wanted:
-        raise ValueError(f"task must be {wanted}, one task a row, not {tuple(task.shape)}")
-    return task
-
-
-def uniform_tasks(n, low, high, split):
-    """(n, len(low)) tasks, uniform on the box between `low` and `high`, from torch's global CPU stream. The
-    box is cut along its first coordinate into 100 stripes, of which every fifth (2, 7, ..., 97) is "test" and
-    the others "train": the splits do not overlap, and both cover the box evenly."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    stripe = torch.arange(STRIPES)
-    stripe = stripe[(stripe % 5 == 2) == (split == "test")]
-    u = torch.rand(n, len(low))
-    # 1 % off the edges of a stripe, so that rounding does not carry a task over them
-    u[:, 0] = (stripe[torch.randint(len(stripe), (n,))] + 0.01 + 0.98 * u[:, 0]) / STRIPES
-    low, high = torch.tensor(low), torch.tensor(high)
-    return low + (high - low) * u

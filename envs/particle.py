@@ -49,6 +49,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from .base import Env
+
 DT, DAMPING, STIFFNESS, MARGIN = 0.1, 0.25, 100.0, 1e-3
 GREY, RED, BLUE, GOALS = (90, 90, 90), (215, 80, 80), (80, 100, 215), [(40, 170, 40), (240, 160, 30)]
 
@@ -90,7 +92,7 @@ def integrate(pos, vel, force, max_speed, dialect):
 
 
 # ---------------------------------------------------------------- the world
-class Particle:
+class Particle(Env):
     """B worlds, H steps. What a scenario may say otherwise comes first; one value stands for all agents. It
     also has observation(i, see), a list of row numbers from `see` (_lay_out), and reward(dist), (N, B), from
     the distances (E, N, B)."""
@@ -102,14 +104,12 @@ class Particle:
     spawn = 1.0  # landmarks start in [-spawn, spawn]^2, agents in [-1, 1]^2
     goals, colour = 0, None  # landmarks drawn as goals; how agents see one: channels, base, bonus, shift
     extra, roles = 0, ()  # rows of the sheet for sense() to fill; names of the agents
-    discrete = True
+    discrete, soft, default_horizon = True, True, 25
 
-    def __init__(self, name, num_envs, horizon=25, device="cpu", num_agents=None, num_adversaries=None,
-                 dialect="mpe2"):
-        if horizon < 1 or dialect not in ("mpe2", "mpe"):
-            raise ValueError(f"{name}: horizon must be at least 1 and dialect 'mpe2' or 'mpe', "
-                             f"not {horizon} and {dialect!r}")
-        self.name, self.num_envs, self.horizon, self.device = name, num_envs, horizon, device
+    def __init__(self, name, num_envs, num_agents=None, num_adversaries=None, dialect="mpe2", **common):
+        super().__init__(name, num_envs, **common)
+        if dialect not in ("mpe2", "mpe"):
+            raise ValueError(f"{name}: dialect must be 'mpe2' or 'mpe', not {dialect!r}")
         self.num_agents, self.num_adversaries = N, K = self._numbers(num_agents, num_adversaries)
         self.dialect, self.adversary = dialect, np.arange(N) < K  # (N,)
         self.bodies(N, K)
@@ -120,8 +120,6 @@ class Particle:
         self.limit = None if self.max_speed is None else each(self.max_speed)[:, None]  # (N, 1)
         self.agents = list(self.roles) or [f"adversary_{i}" if i < K else f"agent_{i - K}" for i in range(N)]
         self._lay_out(each(self.moves), each(self.words).tolist())
-        self._never = torch.zeros(num_envs, dtype=torch.bool, device=device)
-        self._always = ~self._never
 
     def bodies(self, N, K):
         """Sets what depends on the numbers of agents and adversaries."""
@@ -130,15 +128,14 @@ class Particle:
         """Fills self.more, (extra, B), with what is seen and is not a row of the sheet by itself."""
 
     # ---------------- the contract
-    def reset(self, task=None, generator=None):
-        """Fresh worlds, drawn from torch's global CPU stream or from another CPU generator."""
-        if task is not None:
-            raise ValueError(f"{self.name} has no tasks")
-        N, L, B = self.num_agents, self.landmarks, self.num_envs
-        u = 2 * torch.rand(2, N + L, B, dtype=torch.float64, generator=generator).numpy() - 1
+    def reset(self, task=None):
+        """Fresh worlds, drawn from torch's global CPU stream."""
+        self.check_task(task)
+        N, L, total = self.num_agents, self.landmarks, self.total
+        u = 2 * torch.rand(2, N + L, total, dtype=torch.float64).numpy()[..., self.mine] - 1
         self.place[:, :N], self.place[:, N:] = u[:, :N], self.spawn * u[:, N:]
         self.vel[:], self.action[:], self.t = 0, 0, 0
-        self._aim(torch.randint(L, (self.goals, B), generator=generator).numpy())
+        self._aim(torch.randint(L, (self.goals, total)).numpy()[:, self.mine])
         return self._observe()
 
     def step(self, action):
@@ -149,8 +146,22 @@ class Particle:
         integrate(self.pos[:, : self.num_agents], self.vel, force, self.limit, self.dialect)
         relate(self.pos, self.rel, self.dist)
         self.t, self.gain = self.t + 1, self.reward(self.dist)  # (N, B), float64
-        truncated = self._always if self.t >= self.horizon else self._never
-        return self._observe(), self._tensor(self.gain), self._never, truncated, {}
+        truncated = torch.full((self.num_envs,), self.t >= self.horizon, device=self.device)
+        return self._observe(), self._tensor(self.gain), torch.zeros_like(truncated), truncated, {}
+
+    def measures(self):
+        """{name: (B,)} of the state as it is: the benchmark measures of the original code."""
+        N, K, out = self.num_agents, self.num_adversaries, {}
+        if self.solid:  # agents collide
+            hits = np.tril(np.ones((N, N)), -1)[:, :, None] * (self.dist[:N] < self.touch[:N, :, None])
+            out["collisions"] = hits.sum((0, 1))
+            if K:
+                out["caught"] = hits[K:, :K].sum((0, 1))
+        return {name: self.tensor(x) for name, x in (out | self.count()).items()}
+
+    def count(self):
+        """What a scenario measures besides, {name: (B,)}."""
+        return {}
 
     def state(self):
         """What changes, worlds first: pos (B, N + L, 2), vel (B, N, 2), action (B, sum A), goal (B, G), t."""
@@ -225,7 +236,7 @@ class Particle:
         if self.dialect == "mpe":
             self.minus, self.plus = self.plus, self.minus
         self.thrust = np.broadcast_to(self.accel, (N,))[:, None].astype(float)
-        self.choices = np.array([prod(split) for split in self.action_splits])[:, None]
+        self.choices = [prod(split) for split in self.action_splits]
         self.talkers = [i for i, split in enumerate(self.action_splits) if len(split) > 1]
         # Observations
         see.marks, see.targets = range(N, N + L), range(N + L, E)
@@ -245,19 +256,12 @@ class Particle:
 
     def _act(self, action):
         """Writes the joint action into the sheet: floats as they are, numbers as one-hot blocks."""
-        action = (action,) if torch.is_tensor(action) else tuple(action)
-        N, B, soft = self.num_agents, self.num_envs, action[0].is_floating_point()
-        joint = torch.cat(action, 1) if soft else torch.stack(action).long()  # (B, sum A) or (N, B)
-        joint = joint.detach().cpu().numpy()
-        if joint.shape != ((B, len(self.action)) if soft else (N, B)):
-            wanted = [(B, A) if soft else (B,) for A in self.action_dims]
-            raise ValueError(f"{self.name}: actions must be {wanted}, not {[tuple(a.shape) for a in action]}")
-        if soft:
-            self.action[:] = joint.T
+        action = self.check_action(action)
+        if not torch.is_tensor(action):
+            self.action[:] = torch.cat(action, 1).detach().cpu().numpy().T
             return
-        if (joint.view(np.uint64) >= self.choices).any():  # negative ones are huge as unsigned
-            raise ValueError(f"{self.name}: actions must be in 0 .. {(self.choices - 1).T[0].tolist()}")
-        self.action[:], worlds = 0, np.arange(B)
+        joint = action.cpu().numpy()  # (N, B)
+        self.action[:], worlds = 0, np.arange(self.num_envs)
         for i in self.talkers:
             joint[i], word = joint[i] % 5, joint[i] // 5
             self.sheet[self.first[i] + 5 + word, worlds] = 1
@@ -315,6 +319,10 @@ class Spread(Particle):
             return -0.5 * cover - 0.5 * hits
         return np.broadcast_to(-N * cover - hits.sum(0) - N, hits.shape)
 
+    def count(self):
+        nearest = self.dist[self.num_agents :].min(1)  # (L, B)
+        return {"landmark_distance": nearest.mean(0), "occupied_landmarks": (nearest < 0.1).sum(0)}
+
 
 class Tag(Particle):
     standard, fixed, landmark_radius, spawn = (4, 3), False, 0.2, 0.9
@@ -347,6 +355,11 @@ class Tag(Particle):
         return gain
 
 
+def goal_distances(env):
+    K, far = env.num_adversaries, env.dist[-1]  # (N, B)
+    return {"goal_distance_adversary": far[:K].min(0), "goal_distance_good": far[K:].min(0)}
+
+
 class Adversary(Particle):
     standard, fixed, half, solid, goals = (3, 1), False, False, False, 1
     radius, landmark_radius = 0.15, 0.08
@@ -365,6 +378,9 @@ class Adversary(Particle):
         gain[K:] = far[:K].sum(0) - far[K:].min(0)
         return gain
 
+    def count(self):
+        return goal_distances(self)
+
 
 class Push(Particle):
     standard, fixed, goals, colour = (2, 1), False, 1, (3, 0.25, 0.5, 1)
@@ -382,6 +398,9 @@ class Push(Particle):
         gain = -far
         gain[:K] += far[K:].min(0)
         return gain
+
+    def count(self):
+        return goal_distances(self)
 
 
 class SpeakerListener(Particle):

@@ -16,39 +16,41 @@ Obs       one-hot row and column of oneself, then of the other, (2 (rows + cols)
 import torch
 import torch.nn.functional as F
 
+from .base import Env
+
 # row, column
 MOVES = torch.tensor([[0, 0], [-1, 0], [1, 0], [0, 1], [0, -1], [-1, 1], [1, 1], [1, -1], [-1, -1]])
 
 
-class Pursuit:
+class Pursuit(Env):
     """B grids, H steps. action[i]: (B,) long, or (B, A_i) float of which the largest counts."""
 
-    discrete, num_agents, num_adversaries = True, 2, 1
+    discrete, soft, num_agents, num_adversaries, default_horizon = True, True, 2, 1, 25
     agents, action_dims, action_splits = ("target", "uav"), (9, 5), ((9,), (5,))
 
-    def __init__(self, name, num_envs, horizon=25, device="cpu", rows=3, cols=3, noise=(0.45, 0.3),
-                 listening=0.1, reward_scale=1.0):
-        if min(horizon, rows - 1, cols - 1) < 1:
-            raise ValueError(f"{name}: needs horizon >= 1 and a grid of at least 2 x 2, not {horizon}, "
-                             f"{rows} x {cols}")
+    def __init__(self, name, num_envs, rows=3, cols=3, noise=(0.45, 0.3), listening=0.1, reward_scale=1.0,
+                 **common):
+        super().__init__(name, num_envs, **common)
+        if min(rows, cols) < 2:
+            raise ValueError(f"{name}: needs a grid of at least 2 x 2, not {rows} x {cols}")
         if not all(0 <= nu - listening <= nu <= 1 for nu in noise):
             raise ValueError(f"{name}: noise {noise} and noise - listening ({listening}) must be in [0, 1]")
-        self.num_envs, self.horizon, self.device = num_envs, horizon, device
-        self.size = torch.tensor([rows, cols], device=device)
+        self.size = torch.tensor([rows, cols], device=self.device)
         self.noise, self.listening, self.scale = noise, listening, reward_scale
         self.obs_dims = (2 * (rows + cols),) * 2
 
     def reset(self, task=None):
-        """`task` is accepted for the contract."""
+        self.check_task(task)
         self.t, B = 0, self.num_envs
-        row = self._integers(self.size[0].expand(2, B))
+        row = (torch.rand(2, self.total)[:, self.mine].to(self.device) * self.size[0]).long()
         column = torch.stack([(self.size[1] - 1).expand(B), torch.zeros_like(row[0])])
         self.place = torch.stack([row, column], -1)  # (2, B, 2)
         self.terminated = torch.zeros(B, dtype=torch.bool, device=self.device)
         return self._obs(torch.zeros(2, B, dtype=torch.bool, device=self.device))
 
     def step(self, action):
-        action = torch.stack([a.argmax(-1) if a.dim() == 2 else a for a in action])  # (2, B)
+        action = self.check_action(action)
+        action = action if torch.is_tensor(action) else torch.stack([a.argmax(1) for a in action])  # (2, B)
         moved = (self.place + MOVES.to(self.device)[action]).clamp(min=0).minimum(self.size - 1)
         alive = ~self.terminated
         self.place = torch.where(alive[:, None], moved, self.place)
@@ -58,19 +60,17 @@ class Pursuit:
         self.terminated = self.terminated | caught
         target = self.scale * (escaped.float() - caught.float())
         truncated = torch.full_like(caught, self.t >= self.horizon)
-        return self._obs(action == 0), torch.stack([target, -target], 1), self.terminated, truncated, {}
-
-    def _integers(self, below):
-        """Uniform on 0 .. below - 1, from the CPU's random stream."""
-        return (torch.rand(below.shape).to(self.device) * below).long()
+        reward = torch.stack([target, -target], 1)  # (B, 2)
+        return self._obs(action == 0), reward, self.terminated.clone(), truncated, {}
 
     def _obs(self, stayed):
         out = []
         for i in range(2):
             other = self.place[1 - i]
-            wrong = (other + 1 + self._integers((self.size - 1).expand_as(other))) % self.size
+            shift = (torch.rand(self.total, 2)[self.mine].to(self.device) * (self.size - 1)).long()
+            wrong = (other + 1 + shift) % self.size
             nu = self.noise[i] - self.listening * stayed[i].float()
-            lies = torch.rand(self.num_envs).to(self.device) < nu
+            lies = torch.rand(self.total)[self.mine].to(self.device) < nu
             seen = torch.where(lies[:, None], wrong, other)
             numbers = torch.cat([self.place[i], seen], -1).unbind(-1)  # own row and column, the other's
             sizes = self.size.tolist() * 2

@@ -35,7 +35,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from .navigation import check_task
+from .base import Env, FiniteTasks
 from .particle import BLUE, GOALS, GREY, MARGIN, RED, STIFFNESS, contact, disc, integrate, relate
 
 WALL, REACH, SIGHT = 1.2, 0.2, 1.414  # the walls stand at +-WALL, reach so far inwards; predators see so far
@@ -52,55 +52,41 @@ def walls(pos, radii):
     return force
 
 
-class Targets:
+class Targets(FiniteTasks, Env):
     """What the worlds share. Index order inside: x or y, bodies, agents, worlds. Agents come first among the
     bodies, then what else moves (M movers in all), then what stands still."""
 
-    discrete = False
-
-    def __init__(self, name, num_envs, horizon=100, device="cpu"):
-        if horizon < 1:
-            raise ValueError(f"{name}: horizon must be at least 1, not {horizon}")
-        self.name, self.num_envs, self.horizon, self.device = name, num_envs, horizon, device
+    def __init__(self, name, num_envs, **common):
+        super().__init__(name, num_envs, **common)
         self.bodies(name.endswith("_large"))  # num_agents, movers, radii, accel, limit, tasks
         N, E, B = self.num_agents, len(self.radii), num_envs
         self.pos, self.vel = np.zeros((2, E, B)), np.zeros((2, self.movers, B))
         self.rel, self.dist = np.zeros((2, E, self.movers, B)), np.zeros((E, self.movers, B))
-        self.task_dim, self.action_dims = self.tasks.shape[1], (2,) * N
+        self.task_dim, self.action_dims = self.tasks["train"].shape[1], (2,) * N
         self.obs_dims = (self._look().shape[1],) * N
-        self._never = torch.zeros(B, dtype=torch.bool, device=device)
 
-    def all_tasks(self, split="train"):
-        """(K, D) float32: every task, in a fixed order."""
-        if split not in ("train", "test"):
-            raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-        return self.tasks.to(self.device)
-
-    def sample_tasks(self, n, split="train"):
-        """(n, D), rows of all_tasks(), drawn from torch's global CPU stream, another draw for each split."""
-        tasks, u = self.all_tasks(split), torch.rand(2, n)[int(split == "test")]
-        return tasks[(u * len(tasks)).long()]
-
-    def reset(self, task=None, generator=None):
-        """Fresh worlds, drawn from torch's global CPU stream or from another CPU generator."""
-        self.task = check_task(task, self).cpu().double().numpy().T  # (D, B)
-        u = 2 * torch.rand(self.pos.shape, dtype=torch.float64, generator=generator).numpy() - 1
-        self.pos[:], self.vel[:], self.t = u, 0, 0
+    def reset(self, task=None):
+        """Fresh worlds, drawn from torch's global CPU stream."""
+        self.task = self.check_task(task).cpu().double().numpy().T  # (D, B)
+        self.pos[:], self.vel[:], self.t = self._uniform(len(self.radii)), 0, 0
         self.pos[:, self.movers :] *= 0.9
         return self._observe()
 
     def step(self, action):
-        M, u = self.movers, torch.stack(tuple(action)).detach().cpu().double().numpy()  # (N, B, 2)
-        if u.shape != (self.num_agents, self.num_envs, 2):
-            raise ValueError(f"{self.name}: actions must be {self.num_agents} times {(self.num_envs, 2)}")
+        M = self.movers
+        u = torch.stack(self.check_action(action)).detach().cpu().double().numpy()  # (N, B, 2)
         force = self.accel * np.concatenate([u.transpose(2, 0, 1), self.others()], 1)  # (2, M, B)
         force += walls(self.pos[:, :M], self.radii[:M])
         if self.touch is not None:
             contact(force, self.rel, self.dist, self.touch)
         integrate(self.pos[:, :M], self.vel, force, self.limit, "mpe")
         obs, self.t = self._observe(), self.t + 1
-        truncated = ~self._never if self.t >= self.horizon else self._never
-        return obs, self._tensor(self.reward().T), self._never, truncated, {}
+        truncated = torch.full((self.num_envs,), self.t >= self.horizon, device=self.device)
+        return obs, self._tensor(self.reward().T), torch.zeros_like(truncated), truncated, {}
+
+    def _uniform(self, n):
+        """(2, n, B), uniform in [-1, 1]^2."""
+        return 2 * torch.rand(2, n, self.total, dtype=torch.float64).numpy()[..., self.mine] - 1
 
     def state(self):
         """What changes, worlds first: pos (B, E, 2), vel (B, M, 2), task (B, D), t."""
@@ -146,7 +132,7 @@ class Spread(Targets):
         self.num_agents = self.movers = N = 3 if large else 2
         self.radii = np.array([0.15] * N + [0.05] * (N + 1))
         tasks = [[float(l in chosen) for l in range(N + 1)] for chosen in combinations(range(N + 1), N)]
-        self.tasks = torch.tensor(tasks)
+        self.tasks = dict.fromkeys(("train", "test"), np.array(tasks))
 
     def _look(self):
         N, seen = self.num_agents, []
@@ -165,15 +151,15 @@ class Hunting(Targets):
 
     def bodies(self, large):
         self.num_agents, preys, obstacles = 3, 2 + large, 2 * large
-        self.movers, self.tasks = 3 + preys, torch.eye(preys)
+        self.movers, self.tasks = 3 + preys, dict.fromkeys(("train", "test"), np.eye(preys))
         self.radii = np.array([0.1] * 3 + [0.05] * preys + [0.2] * obstacles)
         self.limit = np.array([1.0] * 3 + [1.2] * preys)[:, None]
         E, M = len(self.radii), self.movers
         self.touch = np.where(np.eye(E, M), -np.inf, self.radii[:, None] + self.radii[:M])
 
     def others(self):
-        N, M, B = 3, self.movers, self.num_envs
-        u = 2 * torch.rand(2, M - N, B, dtype=torch.float64).numpy() - 1
+        N, M = 3, self.movers
+        u = self._uniform(M - N)
         near = self.dist[:N, N:].argmin(0)[None, None]  # (1, 1, M - N, B)
         away = -np.take_along_axis(self.rel[:, :N, N:], near, 1)[:, 0]  # (2, M - N, B), from the predator
         flee = away / np.maximum(np.take_along_axis(self.dist[:N, N:], near[0], 0), 1e-12)

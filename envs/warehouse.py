@@ -33,7 +33,7 @@ All rows move at once, in numpy: (B, N) arrays of cells, (B, N, N) for who wants
 import numpy as np
 import torch
 
-from .navigation import check_task
+from .base import Env, FiniteTasks
 
 SIZE, SIGHT = 10, 2  # the grid; how far a robot sees
 WIDTH = SIZE + 2 * SIGHT  # cells are numbered in a grid with a margin that is never entered
@@ -94,32 +94,29 @@ def may_move(cell, target):
     return granted[:, :N]
 
 
-class Warehouse:
+class Warehouse(FiniteTasks, Env):
     """B warehouses, H steps. reset(task) takes layouts, (B, 5), one a row; without them it draws some."""
 
     discrete, task_dim = True, len(LAYOUTS)
+    tasks = dict.fromkeys(("train", "test"), np.eye(len(LAYOUTS)))
 
-    def __init__(self, name, num_envs, horizon=None, device="cpu", num_agents=4):
-        self.horizon = 100 if horizon is None else horizon
-        if self.horizon < 1 or not 1 <= num_agents <= SIZE * SIZE:
-            raise ValueError(f"{name}: horizon must be at least 1 and num_agents from 1 to {SIZE * SIZE}, "
-                             f"not {horizon} and {num_agents}")
-        self.num_envs, self.num_agents, self.device = num_envs, num_agents, device
+    def __init__(self, name, num_envs, num_agents=4, **common):
+        super().__init__(name, num_envs, **common)
+        if not 1 <= num_agents <= SIZE * SIZE:
+            raise ValueError(f"{name}: num_agents must be from 1 to {SIZE * SIZE}, not {num_agents}")
+        self.num_agents = num_agents
         self.obs_dims, self.action_dims = (8 + 7 * len(WINDOW),) * num_agents, (5,) * num_agents
         self.row = np.arange(num_envs)[:, None]  # (B, 1)
         # What each cell shows, 7 numbers; see _observe()
         self.blank = np.tile(np.float32([0, 1, 0, 0, 0, 0, 0]), (num_envs, CELLS + 1, 1))
         self.sheet = self.blank.copy()
 
-    def reset(self, task=None, part=None):
-        """part: (first, total) when these B rows are rows first, first+1, ... of `total` rows that several
-        processes share: each draws for all of them, so what befalls a row does not depend on who plays it."""
-        task = check_task(task, self).cpu().numpy()  # (B, 5)
+    def reset(self, task=None):
+        task = self.check_task(task).cpu().numpy()  # (B, 5)
         if not (((task == 0) | (task == 1)).all() and (task.sum(1) == 1).all()):
             raise ValueError(f"a task must be one-hot, a layout: {', '.join(LAYOUTS)}")
         self.task, layout, B, S = task, task.argmax(1), self.num_envs, max(map(len, SHELVES))
-        first, total = part or (0, B)
-        draw = [torch.rand(total, n, dtype=torch.float64).numpy()[first : first + B]
+        draw = [torch.rand(self.total, n, dtype=torch.float64).numpy()[self.mine]
                 for n in (SIZE * SIZE, self.num_agents, S, len(GOALS) * self.horizon)]
         spots = np.flatnonzero(INSIDE)
         self.cell = spots[draw[0].argsort(1)[:, : self.num_agents]]  # (B, N)
@@ -137,10 +134,7 @@ class Warehouse:
         return self._observe()
 
     def step(self, action):
-        wanted, given = [(self.num_envs,)] * self.num_agents, [tuple(a.shape) for a in action]
-        if given != wanted:
-            raise ValueError(f"action must be {wanted}, one for each agent, not {given}")
-        action = torch.stack(list(action), dim=1).cpu().numpy()  # (B, N)
+        action = self.check_action(action).T.cpu().numpy()  # (B, N)
         row, cell, none = self.row, self.cell, self.shelf.shape[1] - 1
         loaded, shelf_at = self.carries < none, self._grid(self.shelf)
         target = cell + MOVES[self.direction]
@@ -202,16 +196,6 @@ class Warehouse:
         around = ((CELLS + 1) * row + cell)[..., None] + WINDOW  # (B, N, 25): rows of the sheet laid out flat
         own[..., 8:] = sheet.reshape(-1, 7).take(around, axis=0).reshape(*cell.shape, -1)
         return torch.from_numpy(out).to(self.device).unbind(0)
-
-    def all_tasks(self, split="train"):
-        """(5, 5): the layouts, one-hot, the same for both splits."""
-        if split not in ("train", "test"):
-            raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-        return torch.eye(len(LAYOUTS), device=self.device)
-
-    def sample_tasks(self, n, split="train"):
-        """(n, 5): layouts, drawn uniformly and independently."""
-        return self.all_tasks(split)[torch.randint(len(LAYOUTS), (n,))]
 
     def render(self, row=0, size=24):
         """(10 size, 10 size, 3) uint8: one row. Shelves are brown, requested ones red, goals grey; robots are

@@ -122,7 +122,7 @@ def test_an_early_end_terminates_and_a_task_reaches_the_world():
     env = to_pettingzoo(Walk())
     assert env.action_space("agent_0") == spaces.Box(-np.inf, np.inf, (2,), np.float32)
     start = env.reset(seed=0)[0]["agent_0"]
-    moved = env.reset(seed=0, options={"task": torch.tensor([[2.0, 0.0]])})[0]["agent_0"]
+    moved = env.reset(seed=0, options={"task": torch.tensor([2.0, 0.0])})[0]["agent_0"]
     assert np.allclose(moved - start, [2, 0])
     _, _, terminated, truncated, _ = env.step({"agent_0": np.array([9.0, 0.0])})
     assert terminated == {"agent_0": True} and truncated == {"agent_0": False} and env.agents == []
@@ -167,12 +167,12 @@ def test_agents_may_leave_one_by_one(ends, terminated, truncated):
 
 
 def test_each_copy_gets_its_own_options_and_its_own_seed():
-    env = from_pettingzoo(lambda: to_pettingzoo(Walk()), B)
+    env = from_pettingzoo(lambda: to_pettingzoo(Walk()), B, tasks={"train": [[0.0, 0.0]]})
     torch.manual_seed(0)
     obs = env.reset()  # N = 1: no tuple
     assert len(obs[:, 0].unique()) == B
     torch.manual_seed(0)
-    moved = env.reset(task=[{"task": torch.tensor([[b, 0.0]])} for b in range(B)])
+    moved = env.reset(torch.tensor([[b, 0.0] for b in range(B)]))
     assert torch.allclose(moved - obs, torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]))
 
 
@@ -251,11 +251,11 @@ ends, one = [(1, True, False)] * 2, cartpole()
     (lambda: from_pettingzoo(lambda: Leavers(ends, [box, two]), B), "all Discrete or all Box"),
     (lambda: from_pettingzoo(lambda: Leavers(ends, [many, many]), B), "all Discrete or all Box"),
     (lambda: from_pettingzoo(lambda: Leavers(ends, None, spaces.Sequence(two)), B), "must be Box"),
-    (lambda: from_gymnasium(cartpole, 0), "num_envs must be at least 1"),
-    (lambda: from_gymnasium(cartpole, B, horizon=0), "pass horizon="),
+    (lambda: from_gymnasium(cartpole, 0), "must be at least 1"),
+    (lambda: from_gymnasium(cartpole, B, horizon=0), "must be at least 1"),
     (lambda: from_gymnasium(lambda: one, B), "make a new env at each call"),
     (lambda: from_gymnasium(lambda: one.unwrapped.__class__(), B), "pass horizon="),
-    (lambda: from_gymnasium(cartpole, B).reset(task=[{}]), "3 dicts of options, one a copy, not 1"),
+    (lambda: from_gymnasium(cartpole, B).reset(task=[{}]), "has no tasks"),
 ])
 def test_bad_input_gets_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as error:

@@ -1,111 +1,236 @@
-"""The environment contract (envs/__init__.py), for every world that make() knows."""
+"""The contract (envs/__init__.py) as one table: every line of it, for every env that make() knows."""
 
+import math
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 
 import envs
 
-OPTIONAL = {"gather": "magent2"}  # world: the package without which it cannot be made
-WORLDS = [name for name in envs.WORLDS if name not in OPTIONAL or find_spec(OPTIONAL[name])]
+B, H = 3, 4
+WITH_TASKS = [name for name in envs.WORLDS if hasattr(envs.make(name, 1), "sample_tasks")]
+FINITE = [name for name in WITH_TASKS if hasattr(envs.make(name, 1), "all_tasks")]
+every = pytest.mark.parametrize("name", envs.WORLDS)
+ENDS = [name for name in envs.WORLDS if name in ("nav2d", "uav") or hasattr(envs.make(name, 1), "sim")]
 
 
-def play(env, seed):
-    """Observations, rewards and flags of one episode of random actions."""
+def tupled(x):
+    return (x,) if torch.is_tensor(x) else tuple(x)
+
+
+def actions(env, draw, rows=None):
+    """One random action an agent, of `rows` rows."""
+    rows, splits = rows or env.num_envs, getattr(env, "action_splits", [(A,) for A in env.action_dims])
+    if env.discrete:
+        return [torch.randint(math.prod(split), (rows,), generator=draw) for split in splits]
+    return [2 * torch.rand(rows, A, generator=draw) - 1 for A in env.action_dims]
+
+
+def step(env, action):
+    return env.step(action[0] if env.num_agents == 1 else tuple(action))
+
+
+def play(env, seed, rows=slice(None), total=None, task=None):
+    """[obs..., reward, terminated, truncated] of each step, the start first; actions are rows of `total`."""
     torch.manual_seed(seed)
-    obs, trace = env.reset(), []
-    single = torch.is_tensor(obs)  # a world with one agent drops the tuple
+    draw, trace = torch.Generator().manual_seed(seed), [tupled(env.reset(task))]
     for _ in range(env.horizon):
-        if env.discrete:
-            action = [torch.randint(n, (env.num_envs,)) for n in env.action_dims]
-        else:
-            action = [2 * torch.rand(env.num_envs, n) - 1 for n in env.action_dims]
-        out = env.step(action[0] if single else action)
-        trace.append(((obs,) if single else tuple(obs), *out[1:4]))
-        obs = out[0]
+        obs, *rest, _ = step(env, [a[rows] for a in actions(env, draw, total)])
+        trace.append((*tupled(obs), *rest))
     return trace
 
 
-@pytest.mark.parametrize("name", WORLDS)
-def test_contract(name):
-    env = envs.make(name, num_envs=3, horizon=4)
-    assert (env.num_envs, env.horizon) == (3, 4)
+def same(one, two):
+    return all(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in zip(one, two, strict=True))
+
+
+@every
+def test_shapes_and_types(name):
+    env = envs.make(name, B, horizon=H)
+    assert (env.num_envs, env.horizon, env.device) == (B, H, "cpu")
     assert len(env.obs_dims) == len(env.action_dims) == env.num_agents
-    for t, (obs, reward, terminated, truncated) in enumerate(play(env, 0)):
-        assert [tuple(o.shape) for o in obs] == [(3, n) for n in env.obs_dims]
+    start, *steps = play(env, 0)
+    for t, (*obs, reward, terminated, truncated) in enumerate([(*start, *steps[0][-3:]), *steps]):
+        assert [tuple(o.shape) for o in obs] == [(B, n) for n in env.obs_dims]
         assert all(o.dtype == torch.float32 for o in obs)
-        assert reward.shape == (3, env.num_agents) and reward.dtype == torch.float32
-        assert terminated.shape == truncated.shape == (3,)
+        assert reward.shape == (B, env.num_agents) and reward.dtype == torch.float32
+        assert terminated.shape == truncated.shape == (B,)
         assert terminated.dtype == truncated.dtype == torch.bool
-        assert truncated.all() == truncated.any() == (t == 3)  # time is up for all worlds together
+        assert truncated.all() == truncated.any() == (t == H)  # time is up for all rows together
+    for tensor in getattr(env, "measures", dict)().values():
+        assert tensor.shape == (B,)
 
 
-@pytest.mark.parametrize("name", WORLDS)
-def test_same_seed_same_episode_other_seed_another(name):
-    one, two, other = (play(envs.make(name, num_envs=8, horizon=6), seed) for seed in (1, 1, 2))
-    same = lambda a, b: torch.equal(a[1], b[1]) and all(map(torch.equal, a[0], b[0]))
-    assert all(map(same, one, two))
-    assert not all(map(same, one, other))
+@every
+def test_the_seed_decides(name):
+    one, two, other = (play(envs.make(name, 8, horizon=6), seed) for seed in (1, 1, 2))
+    assert same(one, two) and not same(one, other)
 
 
-@pytest.mark.parametrize("name", [n for n in WORLDS if hasattr(envs.make(n, 1), "sample_tasks")])
-def test_tasks_are_drawn_from_the_seed(name):
-    env = envs.make(name, num_envs=2)
-    draw = lambda seed, split: (torch.manual_seed(seed), torch.as_tensor(env.sample_tasks(50, split)))[1]
-    train, test = (env.all_tasks(k) if hasattr(env, "all_tasks") else None for k in ("train", "test"))
-    assert torch.equal(draw(0, "train"), draw(0, "train"))
-    assert torch.equal(draw(0, "train"), draw(1, "train")) == (train is not None and len(train) == 1)
-    if train is None or not torch.equal(train, test):  # few tasks: all of them are in both splits
-        assert not torch.equal(draw(0, "train"), draw(0, "test"))
+@every
+def test_processes_that_share_a_batch_play_what_one_would(name):
+    whole = play(envs.make(name, 6, horizon=H), 1)
+    halves = [play(envs.make(name, 3, horizon=H, part=(k, 2)), 1, slice(3 * k, 3 * k + 3), 6) for k in (0, 1)]
+    assert same(whole, [[torch.cat(rows) for rows in zip(*steps)] for steps in zip(*halves)])
 
 
-@pytest.mark.parametrize("name", [n for n in WORLDS if hasattr(envs.make(n, 1), "all_tasks")])
+@every
+def test_what_an_env_returns_is_the_callers(name):
+    """Whoever writes into observations, rewards and flags, or keeps them, changes nothing."""
+    clean, env = play(envs.make(name, B, horizon=H), 0), envs.make(name, B, horizon=H)
+    torch.manual_seed(0)
+    draw, kept = torch.Generator().manual_seed(0), tupled(env.reset())
+    for wanted in clean[1:]:
+        for tensor in kept:
+            tensor.fill_(1)
+        obs, *rest, info = step(env, actions(env, draw))
+        kept = (*tupled(obs), *rest)
+        assert same([kept], [wanted])
+        kept += tuple(info.values())
+
+
+def end_one(env, action):
+    """Makes row 1 end in this step: a robot diverges, the others are where they should be."""
+    if hasattr(env, "sim"):
+        action[0][1] = torch.nan
+    elif env.name == "uav":
+        env.place[0, 1] = env.place[1, 1]
+        action[0][1] = action[1][1] = 0
+    else:
+        env.x[1] = env.task[1]
+        action[0][1] = 0
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_an_end_is_final(name):
+    """Who has ended rests: the flag stays up, no reward comes, nobody else notices."""
+
+    def run(broken):
+        torch.manual_seed(0)
+        env, draw, trace = envs.make(name, B, horizon=8), torch.Generator().manual_seed(0), []
+        env.reset()
+        for t in range(8):
+            action = actions(env, draw)
+            if broken and t == 3:
+                end_one(env, action)
+            obs, reward, terminated, *_ = step(env, action)
+            trace.append((torch.cat(tupled(obs), 1), reward, terminated))
+        return [torch.stack(x) for x in zip(*trace)]
+
+    clean, (obs, reward, terminated) = run(False), run(True)
+    assert terminated[3:, 1].all() and (reward[4:, 1] == 0).all()
+    assert name == "uav" or (obs[4:, 1] == obs[3, 1]).all()  # what one sees of the other there is noisy
+    assert all(torch.equal(x[:, [0, 2]], y[:, [0, 2]]) for x, y in zip(clean, (obs, reward, terminated)))
+
+
+@every
+def test_bad_actions(name):
+    env, draw = envs.make(name, B, horizon=H), torch.Generator()
+    env.reset()
+    good = actions(env, draw)
+    bad = [[a[:2] for a in good], [a[:, None, None] for a in good], [torch.zeros(B, 77)] * env.num_agents]
+    if env.num_agents > 1:
+        bad += [good[:-1], [*good, good[0]], good[0]]  # one missing, one too many, one alone
+    if env.discrete:
+        bad += [[torch.full_like(a, n) for a in good] for n in (-1, 999)] + [[a.float() for a in good]]
+    else:
+        bad += [[a[:, 0] for a in good]]
+    for action in bad:
+        with pytest.raises(ValueError) as error:
+            env.step(action[0] if env.num_agents == 1 else action)
+        assert "\n" not in str(error.value) and "action" in str(error.value)
+    step(env, good)
+
+
+@every
+def test_bad_options(name):
+    for options in dict(horizon=0), dict(num_envs=0), dict(threads=0), dict(part=(2, 2)), dict(foo=1):
+        with pytest.raises(ValueError) as error:
+            envs.make(name, **dict(num_envs=2) | options)
+        assert "\n" not in str(error.value)
+
+
+@every
+def test_bad_tasks(name):
+    env = envs.make(name, B)
+    for task in torch.zeros(B, 9), torch.zeros(B + 1, getattr(env, "task_dim", 1)):
+        with pytest.raises(ValueError, match="task"):
+            env.reset(task)
+    if name in WITH_TASKS:
+        with pytest.raises(ValueError, match="split"):
+            env.sample_tasks(2, "validation")
+
+
+@pytest.mark.parametrize("name", WITH_TASKS)
+def test_tasks(name):
+    env = envs.make(name, B)
+    assert env.splits[0] == "train" and "test" in env.splits
+    for split in env.splits:
+        drawn = []
+        for seed in 0, 0, 1:
+            torch.manual_seed(seed)
+            drawn.append(env.sample_tasks(50, split))
+        tasks, again, other = drawn
+        assert tasks.dtype == torch.float32 and torch.equal(tasks, again)
+        assert len(tasks.unique(dim=0)) == 1 or split == "test" or not torch.equal(tasks, other)
+        if hasattr(env, "task_dim"):
+            assert tasks.shape == (50, env.task_dim)
+        env.reset(tasks[:B])
+
+
+@pytest.mark.parametrize("name", FINITE)
 def test_finite_sets_of_tasks(name):
     torch.manual_seed(0)
-    env = envs.make(name, num_envs=2)
-    for split in "train", "test":
+    env = envs.make(name, 2)
+    for split in env.splits:
         tasks = env.all_tasks(split)
-        assert tasks.dtype == torch.float32 and tasks.dim() == 2
-        assert torch.equal(tasks, envs.make(name, 1).all_tasks(split))  # the same in every world and run
+        assert tasks.dtype == torch.float32 and tasks.shape == (len(tasks), env.task_dim)
+        assert torch.equal(tasks, envs.make(name, 1).all_tasks(split))  # the same in every env and run
         assert len(tasks.unique(dim=0)) == len(tasks)
         drawn = env.sample_tasks(40 * len(tasks), split)
         assert torch.equal(drawn.unique(dim=0), tasks.unique(dim=0))  # all of them come, and nothing else
         env.reset(tasks[[0, -1]])
 
 
+@every
+def test_a_picture(name):
+    env = envs.make(name, 2)
+    env.reset()
+    if not hasattr(env, "render"):
+        return
+    try:
+        frame = env.render(1)
+    except RuntimeError as error:  # no OpenGL here
+        pytest.skip(str(error))
+    assert frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == "uint8" and frame.std() > 0
+
+
 def test_index_observations_are_the_one_hot_ones():
-    torch.manual_seed(0)
-    actions = [[torch.randint(3, (5,)) for _ in range(3)] for _ in range(4)]
-    onehot, index = envs.make("rps3", 5, horizon=4), envs.make("rps3", 5, horizon=4, index_obs=True)
-    a, b = onehot.reset(), index.reset()
-    for action in actions:
-        assert all(torch.equal(x.argmax(-1), y) for x, y in zip(a, b))
-        (a, ra, *_), (b, rb, *_) = onehot.step(action), index.step(action)
-        assert torch.equal(ra, rb)
+    onehot, index = (play(envs.make("rps3", 5, horizon=4, index_obs=k), 0) for k in (False, True))
+    for (*one, reward, _, _), (*two, gain, _, _) in zip(onehot[1:], index[1:]):
+        assert all(torch.equal(x.argmax(-1), y) for x, y in zip(one, two)) and torch.equal(reward, gain)
 
 
 @pytest.mark.parametrize("name", ["ipd", "nav2d", "simple_spread", "rware"])
-def test_a_world_of_torch_and_numpy_imports_no_other_package(name):
+def test_an_env_of_torch_and_numpy_imports_no_other_package(name):
     others = "{'mujoco', 'gymnasium', 'pettingzoo', 'mpe2', 'pygame', 'rware'}"
-    code = f"import sys, envs; envs.make({name!r}, 2); print({others} & set(sys.modules))"
+    code = f"import sys, envs, envs.adapters; envs.make({name!r}, 2); print({others} & set(sys.modules))"
     cwd = envs.__path__[0] + "/.."
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
     assert done.stdout.strip() == "set()", done.stderr
 
 
-@pytest.mark.parametrize("world, package", OPTIONAL.items())
-def test_a_missing_package_is_named(world, package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
-    with pytest.raises(ValueError, match=f"pip install {package}") as error:
-        envs.make(world, 2)
+def test_a_missing_package_is_named(monkeypatch):
+    for module in [m for m in sys.modules if m.startswith("envs.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "mujoco", None)  # importing it fails
+    with pytest.raises(ValueError, match="package.*mujoco") as error:
+        envs.make("wheeled", 2)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, num_envs", [("chess", 4), ("ipd", 0)])
-def test_bad_input_is_a_value_error_of_one_line(name, num_envs):
-    with pytest.raises(ValueError) as error:
-        envs.make(name, num_envs)
-    assert "\n" not in str(error.value)
+def test_an_unknown_name():
+    with pytest.raises(ValueError, match="chess.*known: ipd"):
+        envs.make("chess", 4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from envs import make
-from envs.navigation import STRIPES
+from envs.base import STRIPES
 
 close = torch.testing.assert_close
 

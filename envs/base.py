@@ -1,0 +1,107 @@
+"""What the envs share: the constructor, the checks of the contract (envs/__init__.py) and sets of tasks."""
+
+import numpy as np
+import torch
+
+STRIPES = 100  # of a task range, along its first coordinate; every fifth is held out for "test"
+
+
+class Env:
+    """B rows that play side by side. They are rows mine.start, mine.start + 1, ... of `total` rows, which
+    `world` processes share: each draws the random numbers of all rows and cuts its own out of them, so that
+    what befalls a row does not depend on who plays it."""
+
+    default_horizon, num_agents, discrete = 100, 1, False
+    soft = False  # discrete, but (B, A_i) floats will do as well
+
+    def __init__(self, name, num_envs, horizon=None, device="cpu", threads=1, part=(0, 1)):
+        horizon, (rank, world) = self.default_horizon if horizon is None else horizon, part
+        if min(num_envs, horizon, threads) < 1:
+            raise ValueError(f"{name}: num_envs, horizon and threads must be at least 1, "
+                             f"not {num_envs}, {horizon} and {threads}")
+        if not 0 <= rank < world:
+            raise ValueError(f"{name}: part must be (rank, world) with 0 <= rank < world, not {part}")
+        self.name, self.num_envs, self.horizon, self.device = name, num_envs, horizon, device
+        self.threads, self.part = threads, part
+        self.total, self.mine = world * num_envs, slice(rank * num_envs, (rank + 1) * num_envs)
+
+    def check_task(self, task):
+        """The rows' tasks, (B, D); training tasks for None. ValueError for another shape."""
+        if not hasattr(self, "task_dim"):
+            if task is not None:
+                raise ValueError(f"{self.name} has no tasks")
+            return None
+        if task is None:
+            return self.sample_tasks(self.total)[self.mine]
+        task, wanted = torch.as_tensor(task), (self.num_envs, self.task_dim)
+        if task.shape != wanted:
+            raise ValueError(f"{self.name}: task must be {wanted}, one a row, not {tuple(task.shape)}")
+        return task
+
+    def check_split(self, split):
+        if split not in self.splits:
+            raise ValueError(f"{self.name}: split must be one of {', '.join(self.splits)}, not {split!r}")
+
+    def check_action(self, action):
+        """The actions of all agents: numbers stacked, (N, B) long, or a tuple of (B, A_i) floats. ValueError
+        for anything else."""
+        B, action = self.num_envs, (action,) if torch.is_tensor(action) else tuple(action)
+        numbers = self.discrete and not (self.soft and action and action[0].is_floating_point())
+        wanted = [(B,) if numbers else (B, A) for A in self.action_dims]
+        given = [tuple(a.shape) for a in action]
+        if given != wanted:
+            raise ValueError(f"{self.name}: action must be {wanted}, one for each agent, not {given}")
+        if not numbers:
+            return action
+        action, choices = torch.stack(action), getattr(self, "choices", self.action_dims)
+        number = action.cpu().numpy()  # (N, B)
+        if number.dtype != np.int64 or number.min() < 0 or (number.T >= choices).any():
+            raise ValueError(f"{self.name}: actions must be long, in 0 .. {[n - 1 for n in choices]}, "
+                             f"not {number.min(1).tolist()} .. {number.max(1).tolist()} of {number.dtype}")
+        return action
+
+    def tensor(self, x, dtype=torch.float32):
+        """A copy of an array on the env's device: what a caller gets is his, and does not change later."""
+        return torch.tensor(x, dtype=dtype, device=self.device)
+
+
+class FiniteTasks:
+    """For an Env whose `tasks` are {split: (K, D)}: few enough to be listed."""
+
+    @property
+    def splits(self):
+        return tuple(self.tasks)
+
+    def all_tasks(self, split="train"):
+        """(K, D) float32: all tasks of the split, always in the same order."""
+        self.check_split(split)
+        return self.tensor(self.tasks[split])
+
+    def sample_tasks(self, n, split="train"):
+        """(n, D): rows of all_tasks(split), drawn uniformly and independently."""
+        tasks = self.all_tasks(split)
+        return tasks[torch.randint(len(tasks), (n,))]
+
+
+def uniform_tasks(n, low, high, split):
+    """(n, len(low)) tasks on the box between `low` and `high`, from torch's global CPU stream. The box is cut
+    along its first coordinate into 100 stripes, of which every fifth (2, 7, ..., 97) is "test" and the others
+    "train": the splits do not overlap, and both cover the box evenly. "train" draws uniformly. "test" is
+    stratified, so that few tasks stand for the box: they go round the stripes, now in the lower half, now in
+    the upper one, and along every other coordinate each n-th part of the box gets one."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    stripe = torch.arange(STRIPES)
+    stripe = stripe[(stripe % 5 == 2) == (split == "test")]
+    u, half = torch.rand(n, len(low)), len(stripe) // 2
+    if split == "train":
+        row = torch.randint(len(stripe), (n,))
+    else:
+        k = torch.arange(n)
+        row = k // 2 % half + half * (k % 2)
+        slices = torch.stack([torch.randperm(n) for _ in low], 1)  # (n, len(low))
+        u[:, 1:] = (slices[:, 1:] + u[:, 1:]) / n
+    # 1 % off the edges of a stripe, so that rounding does not carry a task over them
+    u[:, 0] = (stripe[row] + 0.01 + 0.98 * u[:, 0]) / STRIPES
+    low, high = torch.tensor(low), torch.tensor(high)
+    return low + (high - low) * u
