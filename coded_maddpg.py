@@ -24,23 +24,23 @@ Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor 
              p_i-, q_i-  targets                           X  updates   (M, P)     c    seconds for an x_i
              B rows; O_i, A_i sizes of i's obs and action  Y  received  (|I|, P)   t_s  delay of a straggler
   Schemes    s: every loss of s learners is survived; load: agents that a learner computes
-               uncoded      s = 0, load 1                mds         s = N-M, load M: Chebyshev-Vandermonde
+               uncoded      s = 0, load 1                mds         s = N-M, load M: Chebyshev polynomials
                replication  s = floor(N/M)-1, load 1     random      sparse Gaussian, load about --code-p M
-               ldpc         --ldpc p,rho,gamma           sparse-mds  s = N-M at the least load M (N-M+1) / N
+               ldpc         N = 15, M = 8 or 10: s = 1   sparse-mds  s = N-M at the least load M (N-M+1) / N
              No stragglers: uncoded. Rarely one: ldpc, or replication if N >= 2M. Several: sparse-mds.
   Departures [D1] One minibatch for all agents and one snapshot, as the paper's distributed program; OpenAI's
                   base code goes agent after agent. The controller computes a' once for all agents.
              [D2] x_i are clipped gradients, not weights: learners keep no state, may die and join any time.
              [D3] x_i are multiples of a unit, 2^-32 for norm .5. So eq. (9) can be rounded to them, and any
                   decodable I gives the very bits of training without learners.
-             [D4] mds: Chebyshev polynomials. The paper's powers of .1 ... .5 are singular to floating point
-                  (mds-paper shows it). sparse-mds, and the checks of C at the start, are ours.
+             [D4] mds: the paper's powers of .1 ... .5 have condition numbers beyond 1e10, too large to
+                  decode exactly. sparse-mds is ours.
              [D5] Targets start as copies, the base code's as independent draws. Adam is TensorFlow's.
-  Run        python coded_maddpg.py --env simple_spread                       # no learners: 2 min on one core
+  Run        python coded_maddpg.py --env simple_spread                          # ordinary MADDPG
              python coded_maddpg.py --env simple_tag --num-agents 8 --adv-policy ddpg
              python coded_maddpg.py --env simple_spread --num-agents 8 --num-learners 15 --num-stragglers 4
              python coded_maddpg.py --env simple_push --num-agents 8 --num-learners 15 --scheme ldpc
-             python coded_maddpg.py --env simple_spread --num-learners 15 --scheme mds-paper --engine inline
+             python coded_maddpg.py --num-learners 15 --num-stragglers 4 --engine inline    # a virtual clock
              python benchmark/ray_engine.py --env simple_spread --num-learners 15     # on a Ray cluster
              python coded_maddpg.py --evaluate runs/x/checkpoint.pt --capture-video     # the table and a film
   Expect     simple_spread: return about -43, summed over agents (random: -74). With learners the result
@@ -95,7 +95,7 @@ def within(kind, low, high=math.inf):
 
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
-Scheme = Literal["uncoded", "replication", "mds", "mds-paper", "random", "ldpc", "sparse-mds"]
+Scheme = Literal["uncoded", "replication", "mds", "random", "ldpc", "sparse-mds"]
 
 
 @dataclass
@@ -136,7 +136,6 @@ class Args:
     num_learners: within(int, 0) = 0  # N; 0: ordinary MADDPG in this process
     scheme: Scheme = "sparse-mds"  # who computes what, eq. (1)
     code_p: Share = 0.8  # share of nonzeros in --scheme random
-    ldpc: str = "3,5,3"  # p,rho,gamma of --scheme ldpc: gamma x rho blocks of p x p; 3,5,2 for ten agents
     engine: Literal["local", "inline"] = "local"  # processes, or a virtual clock
     num_stragglers: within(int, 0) = 0  # k, learners drawn in each update that hold their answer back
     straggler_delay: Size = 0.25  # t_s, seconds for which they do
@@ -186,23 +185,20 @@ def parse():
 
 # ================================================================ 1. Environment
 def make_env(args, num_envs):
-    # The contract (envs/__init__.py); bring your own world by returning an object with these members:
-    #   num_envs B, horizon, num_agents M, obs_dims, action_dims
-    #   reset() -> obs, M times (B, O_i);  step(M times (B, A_i), probabilities) -> obs, reward (B, M), ...
-    #   optional: action_splits[i], sizes of agent i's one-hot blocks; num_adversaries; measures(); render()
+    """The one function to replace for an env of your own; envs/__init__.py lists what an env has."""
     options = dict(num_agents=args.num_agents, num_adversaries=args.num_adversaries, dialect=args.dialect)
     try:
-        env = envs.make(args.env, num_envs, horizon=args.horizon, device=args.device, **options)
-    except (ValueError, TypeError) as error:
+        return envs.make(args.env, num_envs, horizon=args.horizon, device=args.device, **options)
+    except ValueError as error:
         fail(f"--env {args.env}: {error}")
-    if getattr(env, "discrete", False) and not hasattr(env, "action_splits"):
-        fail(f"--env {args.env} wants numbers as actions; these actors give probabilities, eq. (2)")
-    return env
 
 
-def as_tuple(x):
-    """An env with one agent drops the tuple."""
-    return (x,) if torch.is_tensor(x) else tuple(x)
+def playable(args, env):
+    """Refuse what make_env returned if these actors, which give probabilities, cannot play it."""
+    if not env.discrete or not hasattr(env, "action_splits"):
+        fail(f"--env {args.env}: needs discrete actions that may be soft (action_splits), eq. (2)")
+    if env.num_agents < 2 or env.horizon != args.horizon:
+        fail(f"--env {args.env}: needs at least two agents, and episodes of --horizon {args.horizon} steps")
 
 
 # ================================================================ 2. Networks
@@ -211,35 +207,24 @@ def as_tuple(x):
 class Spec(NamedTuple):
     """Everything that an update depends on but its data; plain numbers, to be sent around."""
 
+    args: Args
     obs: tuple  # O_i
     act: tuple  # A_i
     splits: tuple  # of each agent: sizes of its one-hot blocks, which sum to A_i
     local: tuple  # of each agent: does its critic see only its own observation and action (ddpg)?
-    hidden: int
-    batch: int
-    gamma: float
-    lr: float
-    clip: float
-    seed: int
-
-    def actor(self, i):
-        """Layer sizes of agent i's actor."""
-        return self.obs[i], self.hidden, self.hidden, self.act[i]
-
-    def critic(self, i):
-        """Layer sizes of agent i's critic."""
-        if self.local[i]:
-            return self.obs[i] + self.act[i], self.hidden, self.hidden, 1
-        return sum(self.obs) + sum(self.act), self.hidden, self.hidden, 1
+    actor: tuple  # of each agent: layer sizes of its actor
+    critic: tuple  # the same for its critic
 
 
 def make_spec(args, env):
-    splits = getattr(env, "action_splits", None) or [(n,) for n in env.action_dims]
-    adversaries = getattr(env, "num_adversaries", 0) or 0
-    policies = [args.adv_policy] * adversaries + [args.good_policy] * (env.num_agents - adversaries)
-    local = tuple(policy == "ddpg" for policy in policies)
-    return Spec(tuple(env.obs_dims), tuple(env.action_dims), tuple(splits), local, args.num_units,
-                args.batch_size, args.gamma, args.lr, args.max_grad_norm, args.seed % 2**64)
+    K, H = getattr(env, "num_adversaries", 0) or 0, args.num_units
+    policies = [args.adv_policy] * K + [args.good_policy] * (env.num_agents - K)
+    local, actor, critic = [policy == "ddpg" for policy in policies], [], []
+    for O, A, own in zip(env.obs_dims, env.action_dims, local):
+        seen = O + A if own else sum(env.obs_dims) + sum(env.action_dims)
+        actor.append((O, H, H, A))
+        critic.append((seen, H, H, 1))
+    return Spec(args, *map(tuple, (env.obs_dims, env.action_dims, env.action_splits, local, actor, critic)))
 
 
 def pieces(sizes):
@@ -249,7 +234,7 @@ def pieces(sizes):
 
 def lengths(spec, kind):
     """How long the flat vector of each agent's "actor" or "critic" is."""
-    return [sum(pieces(getattr(spec, kind)(i))) for i in range(len(spec.obs))]
+    return [sum(pieces(sizes)) for sizes in getattr(spec, kind)]
 
 
 def width(spec):
@@ -270,7 +255,7 @@ def make_nets(spec, device):
     and v of Adam; n counts the updates."""
     nets = {"n": torch.zeros((), dtype=torch.int64)}
     for kind in ("actor", "critic"):
-        net = torch.cat([glorot(getattr(spec, kind)(i)) for i in range(len(spec.obs))]).to(device)
+        net = torch.cat([glorot(sizes) for sizes in getattr(spec, kind)]).to(device)
         nets |= {kind: net, f"target_{kind}": net.clone()}
         nets |= {f"m_{kind}": torch.zeros_like(net), f"v_{kind}": torch.zeros_like(net)}
     return nets
@@ -292,7 +277,7 @@ PLAY, TARGETS, BATCH, SLOW, EVAL = range(1 << 15, (1 << 15) + 5)  # streams besi
 
 def keyed(seed, t, stream):
     """A counter-based generator: what it draws depends on (seed, t, stream) alone, wherever it runs."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, t << 16 | stream], np.uint64)))
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, t << 16 | stream], np.uint64)))
 
 
 def gumbel(seed, t, stream, shape):
@@ -341,7 +326,7 @@ def act_all(actor, spec, obs, noise):
     nets, seen = actor.split(lengths(spec, "actor")), obs.split(spec.obs, 1)
     actions = []
     for i, e in enumerate(noise.split(spec.act, 1)):
-        logits = mlp(nets[i], spec.actor(i), seen[i])
+        logits = mlp(nets[i], spec.actor[i], seen[i])
         actions.append(gumbel_softmax(logits, e, spec.splits[i]))
     return torch.cat(actions, 1)
 
@@ -351,14 +336,13 @@ def rollout(env, spec, actor, key):
     """eq. (12): an episode of each env as rows of the replay, (B, H+1, W). key: (seed, t, stream)."""
     B = env.num_envs
     noise = gumbel(*key, (env.horizon, B, sum(spec.act))).to(actor.device)
-    obs, rows = torch.cat(as_tuple(env.reset()), 1), []
+    obs, rows = torch.cat(env.reset(), 1), []
     for e in noise:
         act = act_all(actor, spec, obs, e)
-        parts = act.split(spec.act, 1)
-        new, reward, terminated, _, _ = env.step(parts if len(parts) > 1 else parts[0])
+        new, reward, terminated, _, _ = env.step(act.split(spec.act, 1))
         # time being up is no end: it is bootstrapped
         rows.append(torch.cat([obs, act, reward, terminated[:, None]], 1))
-        obs = torch.cat(as_tuple(new), 1)
+        obs = torch.cat(new, 1)
     nothing = torch.zeros_like(rows[0][:, obs.shape[1] :])  # follows the last observation
     return torch.stack([*rows, torch.cat([obs, nothing], 1)], 1)
 
@@ -385,7 +369,7 @@ class Job(NamedTuple):
 def make_job(spec, nets, sample, t):
     """One minibatch for all agents, and a' of all agents from one snapshot of the targets [D1]."""
     obs, act, _, next_obs = sample
-    noise = gumbel(spec.seed, t, TARGETS, act.shape).to(act.device)
+    noise = gumbel(spec.args.seed, t, TARGETS, act.shape).to(act.device)
     next_act = act_all(nets["target_actor"], spec, next_obs, noise)
     return Job(*sample, next_act, *(nets[name] for name in Job._fields[5:]))
 
@@ -409,24 +393,22 @@ def critic_loss(critic, sizes, x, y):
 
 def actor_loss(actor, critic, spec, i, obs, act, noise):
     """eq. (5): the own action is replaced, those of the others stay the replay's."""
-    logits = mlp(actor, spec.actor(i), obs.split(spec.obs, 1)[i])
+    logits = mlp(actor, spec.actor[i], obs.split(spec.obs, 1)[i])
     acts = list(act.split(spec.act, 1))
     acts[i] = gumbel_softmax(logits, noise, spec.splits[i])
-    q = mlp(critic, spec.critic(i), seen_by(spec, i, obs, torch.cat(acts, 1)))
+    q = mlp(critic, spec.critic[i], seen_by(spec, i, obs, torch.cat(acts, 1)))
     return 1e-3 * logits.square().mean() - q.mean()
 
 
 def grid(clip):
-    """Unit and bound of the numbers that travel: multiples of 2^-31 of the bound, a power of 2 [D3]."""
-    bound = 2.0 ** math.ceil(math.log2(clip))
-    return bound * 2.0**-31, bound
+    """The unit of the numbers that travel: 2^-31 of the bound, itself a power of 2 [D3]."""
+    return 2.0 ** (math.ceil(math.log2(clip)) - 31)
 
 
 def clip_to_grid(grad, sizes, clip):
     """eq. (6): each weight and bias of a flat gradient to norm <= clip, then to multiples of the unit."""
-    unit, bound = grid(clip)
     grad = torch.cat([g * (clip / g.norm().clamp(min=clip)) for g in grad.split(pieces(sizes))])
-    return (grad / unit).round().mul(unit).clamp(-bound, bound)  # powers of 2: only round() rounds
+    return (grad / grid(clip)).round() * grid(clip)  # powers of 2: only round() rounds
 
 
 def adam(g, m, v, n, lr):
@@ -445,39 +427,23 @@ def agent_update(job, spec, t, i):
     # the critic's gradient
     with torch.no_grad():
         x_next = seen_by(spec, i, job.next_obs, job.next_act)
-        y = td_target(target, spec.critic(i), x_next, job.end[:, i], job.end[:, -1], spec.gamma)
+        y = td_target(target, spec.critic[i], x_next, job.end[:, i], job.end[:, -1], spec.args.gamma)
     q = critic.detach().requires_grad_()
-    loss_q = critic_loss(q, spec.critic(i), seen_by(spec, i, job.obs, job.act), y)
-    g_q = clip_to_grid(torch.autograd.grad(loss_q, q)[0], spec.critic(i), spec.clip)
+    loss_q = critic_loss(q, spec.critic[i], seen_by(spec, i, job.obs, job.act), y)
+    g_q = clip_to_grid(torch.autograd.grad(loss_q, q)[0], spec.critic[i], spec.args.max_grad_norm)
 
     # the actor is judged by the critic after its step, which everyone takes for himself
-    critic = critic + adam(g_q, m, v, t, spec.lr)[0]
-    noise = gumbel(spec.seed, t, i, (len(job.obs), spec.act[i])).to(job.obs.device)
+    critic = critic + adam(g_q, m, v, t, spec.args.lr)[0]
+    noise = gumbel(spec.args.seed, t, i, (len(job.obs), spec.act[i])).to(job.obs.device)
     loss_p = actor_loss(actor, critic, spec, i, job.obs, job.act, noise)
-    g_p = clip_to_grid(torch.autograd.grad(loss_p, actor)[0], spec.actor(i), spec.clip)
+    g_p = clip_to_grid(torch.autograd.grad(loss_p, actor)[0], spec.actor[i], spec.args.max_grad_norm)
     return torch.cat([g_q, g_p]), [loss_q.item(), loss_p.item()]
 
 
 # ================================================================ 5. Update
 # First the codes, then who computes: this process, learners on a virtual clock, processes, or actors on Ray.
 # All give X, bit for bit the same, and the controller applies it. Learners know nothing but their job.
-class Code(NamedTuple):
-    C: np.ndarray  # (N, M)
-    exact: bool  # on the grid of [D3]; otherwise single precision, as in the original
-    survives: int  # s: every loss of so many learners is decodable
-    condition: float  # the worst condition number of what is then left
-    proved: bool  # were all subsets tried, or a sample of them?
-
-
 LIMIT = 1e6  # of condition numbers: float64 then errs by less than half a unit. Beyond, wait for one more row
-
-
-def chebyshev(N, M):
-    """Columns cos(i phi_j), orthonormal: a Vandermonde matrix times an invertible one, so any M rows are
-    invertible [D4]."""
-    C = np.sqrt(2 / N) * np.cos(np.arange(M) * (2 * np.arange(N)[:, None] + 1) * np.pi / (2 * N))
-    C[:, 0] /= np.sqrt(2)
-    return C
 
 
 def cyclic(N, M, rng):
@@ -490,106 +456,64 @@ def cyclic(N, M, rng):
     return C
 
 
-def array_ldpc(p, rho, gamma):
-    """C = [I; B] from the parity check [I B] over GF(2), block (a, b) of which is the cyclic shift by ab."""
-    H = np.block([[np.roll(np.eye(p, dtype=int), a * b, 1) for b in range(rho)] for a in range(gamma)])
-    pivots = []
-    for col in range(p * rho):  # Gauss-Jordan elimination modulo 2
-        below = np.flatnonzero(H[len(pivots) :, col]) + len(pivots)
-        if len(below):
-            H[[len(pivots), below[0]]] = H[[below[0], len(pivots)]]
-            others = (H[:, col] == 1) & (np.arange(len(H)) != len(pivots))
-            H[others] ^= H[len(pivots)]
-            pivots.append(col)
-    B = np.delete(H[: len(pivots)], pivots, 1)
-    return np.vstack([np.eye(B.shape[1]), B])
+LDPC = {  # M: B of C = [I; B], from the parity checks of an array code of 3 x 5 blocks of 3 x 3
+    8: "11100001 11010001 11001001 10000101 10000011 01000000 01000000",
+    10: "1111100001 1100010001 1001001001 1011000101 1110000011"}
 
 
-def draw(scheme, N, M, p, ldpc, rng):
+def draw(scheme, N, M, p, rng):
     """C (N, M) of a scheme, not yet checked."""
     if scheme == "uncoded":
         return np.eye(N, M)
     if scheme == "replication":
         return np.eye(M)[np.arange(N) % M]
     if scheme == "mds":
-        return chebyshev(N, M)
-    if scheme == "mds-paper":
-        return np.linspace(0.1, 0.5, M) ** (N - 1 - np.arange(N)[:, None])
+        # columns cos(i phi_j): Vandermonde times an invertible matrix, so any M rows are invertible [D4]
+        return np.cos(np.arange(M) * (2 * np.arange(N)[:, None] + 1) * np.pi / (2 * N))
     if scheme == "random":
         return rng.standard_normal((N, M)) * (rng.random((N, M)) < p)
     if scheme == "sparse-mds":
         return cyclic(N, M, rng)
-    C = array_ldpc(*map(int, ldpc.split(",")))
-    if C.shape != (N, M):
-        raise ValueError(f"--ldpc {ldpc} has N, M = {C.shape}, not {(N, M)}")
-    return C
+    if N != 15 or M not in LDPC:
+        raise ValueError("--scheme ldpc needs 15 learners and 8 or 10 agents, as the paper has")
+    return np.vstack([np.eye(M), [[*map(float, row)] for row in LDPC[M].split()]])
 
 
-def make_code(scheme, N, M, seed=1, p=0.8, ldpc="3,5,3"):
-    """eq. (1). Random matrices are drawn until one is fit. ValueError if the scheme cannot reach rank M."""
+def make_code(scheme, N, M, seed=1, p=0.8):
+    """eq. (1): C (N, M). Random matrices are drawn until one is fit. ValueError if none has rank M."""
     if N < M:
         raise ValueError(f"--num-learners {N} are fewer than the {M} agents")
-    exact = scheme != "mds-paper"
-    for attempt in range(50 if scheme in ("random", "sparse-mds") else 1):
-        C = draw(scheme, N, M, p, ldpc, np.random.default_rng([seed, attempt]))
-        if decodable(C, exact) and (scheme == "uncoded" or C.any(1).all()):
-            code = Code(C, exact, *tolerance(C, exact))
-            if scheme != "sparse-mds" or code.survives == N - M:
-                return code
-    raise ValueError(f"--scheme {scheme} with {N} learners does not reach rank {M}, the number of agents"
-                     + f" (--code-p {p})" * (scheme == "random"))
+    for attempt in range(50):
+        C = draw(scheme, N, M, p, np.random.default_rng([seed, attempt]))
+        if decodable(C) and (scheme == "uncoded" or C.any(1).all()):
+            return C
+    raise ValueError(f"--scheme {scheme} with {N} learners does not reach rank {M}, the number of agents")
 
 
-def tolerance(C, exact=True):
-    """The largest s such that any s losses among the nonzero rows are decodable, the worst condition number
-    then, and whether that is proved: all subsets were tried, or, beyond 20,000, a sample of 3,000."""
-    used, M = np.flatnonzero(C.any(1)), C.shape[1]
-    for size in range(M, len(used) + 1):
-        proved = math.comb(len(used), size) <= 20_000
-        if proved:
-            subsets = np.array([*itertools.combinations(used, size)])
-        else:
-            subsets = np.random.default_rng(0).permuted(np.tile(used, (3000, 1)), axis=1)[:, :size]
-        s = np.linalg.svd(C[subsets], compute_uv=False)
-        worst = (s[:, 0] / np.maximum(s[:, -1], 1e-300)).max()
-        if worst < (LIMIT if exact else 1e15):
-            return len(used) - size, worst, proved
-    return 0, math.inf, True
-
-
-def decodable(rows, exact=True):
+def decodable(rows):
     """eq. (8): do these rows of C, (n, M), determine all agents, and safely so? Full rank is a condition
     number that is finite; the limit makes sure that rounding to the grid finds the right multiples [D3]."""
     if len(rows) < rows.shape[1]:
         return False
     s = np.linalg.svd(rows, compute_uv=False)
-    return s[-1] * (LIMIT if exact else 1e15) > s[0]
+    return s[-1] * LIMIT > s[0]
 
 
-def undecodable_agents(rows):
-    """Agents whose x_i these rows (n, M) do not determine: the unit vector is not in the row space."""
-    inside = np.diag(np.linalg.pinv(rows) @ rows) if len(rows) else np.zeros(rows.shape[1])
-    return np.flatnonzero(inside < 1 - 1e-6).tolist()
-
-
-def decode(rows, Y, clip, exact=True):
+def decode(rows, Y, clip):
     """eq. (9): X (M, P) float32 from rows C_I (n, M) and Y_I (n, P) float64. What was encoded lies on the
     grid [D3]: so round. If what is found does not give Y_I back, learners disagree about some x_i."""
-    rows = torch.from_numpy(rows)
-    X = torch.linalg.pinv(rows) @ Y
-    if exact:
-        unit, _ = grid(clip)
-        X = (X / unit).round().mul(unit)
-        if (rows @ X - Y).abs().max() > unit / 1000:  # a nan is not: the losses will show it
-            raise Stopped("the learners' results contradict each other: do they all run on the same kind of "
-                          "processor, with the same library versions?")
+    rows, unit = torch.from_numpy(rows), grid(clip)
+    X = (torch.linalg.pinv(rows) @ Y / unit).round().mul(unit)
+    if (rows @ X - Y).abs().max() > unit / 1000:  # a nan is not: the losses will show it
+        raise Stopped("the learners' results contradict each other: do they all run on the same kind of "
+                      "processor, with the same library versions?")
     return X.float()
 
 
-def encode(row, job, spec, t, exact=True, cancelled=None, agent_seconds=0.0, delay=0.0):
+def encode(row, job, spec, t, cancelled=None, agent_seconds=0.0, delay=0.0):
     """eq. (7), a learner's whole work: y_j (P,) float64 and {agent: losses}. None if `cancelled`, which waits
     for so many seconds, says so between two agents, or while a straggler holds its answer back."""
-    y, losses = torch.zeros(width(spec), dtype=torch.float64 if exact else torch.float32), {}
+    y, losses = torch.zeros(width(spec), dtype=torch.float64), {}
     for i in np.flatnonzero(row).tolist():
         start = time.perf_counter()
         x, losses[i] = agent_update(job, spec, t, i)
@@ -597,9 +521,7 @@ def encode(row, job, spec, t, exact=True, cancelled=None, agent_seconds=0.0, del
         left = agent_seconds - (time.perf_counter() - start)
         if cancelled and cancelled(max(0.0, left)):
             return None
-    if cancelled and cancelled(delay):
-        return None
-    return y.double(), losses
+    return None if cancelled and cancelled(delay) else (y, losses)
 
 
 def slow_ones(C, seed, t, k):
@@ -609,47 +531,42 @@ def slow_ones(C, seed, t, k):
     return slow
 
 
-def arrivals(C, slow, agent_seconds, delay, exact=True):
+def arrivals(C, slow, agent_seconds, delay):
     """eq. (13) on equal learners: the first decodable I in order of arrival, and when it is complete."""
     load = np.count_nonzero(C, axis=1)
     finish = np.where(load > 0, load * agent_seconds + delay * slow, math.inf)
     order = np.argsort(finish, kind="stable")
-    for n in range(C.shape[1], len(C) + 1):
-        if decodable(C[order[:n]], exact):
-            return order[:n], finish[order[n - 1]]
-    return order, math.inf
+    n = C.shape[1]
+    while not decodable(C[order[:n]]):
+        n += 1
+    return order[:n], finish[order[n - 1]]
 
 
 class Stopped(Exception):
     """The run cannot go on. Nothing of the update has been applied: the state before it is good."""
 
 
-def solution(rows, answers, args, exact=True):
+def solution(rows, answers, clip):
     """X (M, P) and losses (M, 2) from the [(y, {agent: losses})] of a decodable set."""
-    X = decode(rows, torch.stack([y for y, _ in answers]), args.max_grad_norm, exact)
+    X = decode(rows, torch.stack([y for y, _ in answers]), clip)
     losses = {i: pair for _, pairs in answers for i, pair in pairs.items()}
     return X, torch.tensor([losses[i] for i in sorted(losses)])
 
 
 class Central:
-    """No learners: ordinary MADDPG, where C is the identity. With a code: the arithmetic of the learners that
-    would be first, on a virtual clock, eq. (13)."""
+    """The arithmetic of the learners that would be first, on a virtual clock, eq. (13), in this process. With
+    the identity as code it is ordinary MADDPG."""
 
-    def __init__(self, code, spec, args):
-        self.code, self.spec, self.args = code, spec, args
+    def __init__(self, C, spec, args):
+        self.C, self.spec, self.args = C, spec, args
 
     def solve(self, t, job, run):
         """X (M, P), losses (M, 2), {tag: value} of update t."""
-        if self.code is None:
-            rows, exact, seconds = np.eye(len(self.spec.obs)), True, 0.0
-        else:
-            C, exact, args = self.code.C, self.code.exact, self.args
-            slow = slow_ones(C, self.spec.seed, t, args.num_stragglers)
-            first, seconds = arrivals(C, slow, args.agent_seconds or 0.01, args.straggler_delay, exact)
-            rows = C[first]
-        answers = [encode(row, job, self.spec, t, exact) for row in rows]
-        info = {"learners/seconds": seconds, "learners/used": len(rows)} if self.code else {}
-        return *solution(rows, answers, self.args, exact), info
+        args, slow = self.args, slow_ones(self.C, self.args.seed, t, self.args.num_stragglers)
+        first, seconds = arrivals(self.C, slow, args.agent_seconds or 0.01, args.straggler_delay)
+        answers = [encode(row, job, self.spec, t) for row in self.C[first]]
+        info = {"learners/seconds": seconds, "learners/used": len(first)} if args.num_learners else {}
+        return *solution(self.C[first], answers, args.max_grad_norm), info
 
     def close(self):
         pass
@@ -659,92 +576,83 @@ class Central:
 # never written to twice, and its pipe cannot fill up. Answers to an old t are dropped: whoever is late may
 # read a job half overwritten, and one buffer in shared memory is enough. The end of a pipe means death.
 class Learners(Central):
-    """Processes on this machine. benchmark/ray_engine.py overrides what speaks to them: start to close."""
+    """Processes on this machine. benchmark/ray_engine.py overrides what speaks to them: publish to close."""
 
-    def __init__(self, code, spec, args):
-        super().__init__(code, spec, args)
+    def __init__(self, C, spec, args):
+        super().__init__(C, spec, args)
         if getattr(mp.current_process(), "_inheriting", False):
             raise SystemExit(2)  # a learner imports a program without the guard, which would start learners
         forks = "forkserver" in mp.get_all_start_methods()  # a plain fork copies torch's threads in any state
         self.context = mp.get_context("forkserver" if forks else "spawn")
-        if forks:
-            self.context.set_forkserver_preload(["__main__", SCRIPT, "torch"])
         if forks and current_thread() is main_thread():  # learners inherit this: Ctrl-C is for the controller
+            self.context.set_forkserver_preload(["__main__", SCRIPT, "torch"])
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             forkserver.ensure_running()
             signal.signal(signal.SIGINT, handler)
-        self.idle, self.busy = set(), {}  # busy: since when
-        self.deaths = {j: 0 for j in np.flatnonzero(code.C.any(1)).tolist()}  # since an answer
-        self.restarts, self.job, self.process, self.pipe = 0, None, {}, {}
+        self.working = np.flatnonzero(C.any(1)).tolist()
+        self.idle, self.busy, self.restarts = set(), set(), 0
+        self.job, self.process, self.pipe = None, {}, {}
 
     def solve(self, t, job, run):
-        C, args, begin, unit = self.code.C, self.args, time.monotonic(), np.eye(len(self.spec.obs))
-        slow = slow_ones(C, self.spec.seed, t, args.num_stragglers)
-        answers, here, told = {}, {}, False  # of learners; of agents that are computed here
+        args, C, answers, begin, told = self.args, self.C, {}, time.monotonic(), False
+        slow, limit = slow_ones(C, args.seed, t, args.num_stragglers), self.restarts + 5 * len(self.working)
         self.publish(job)
-        while not decodable(rows := np.concatenate([C[[*answers]], unit[[*here]]]), self.code.exact):
+        while not decodable(C[[*answers]]):
             # hand the job to all who are idle, then take in what comes
             for j in self.idle - answers.keys():
-                self.busy[j] = time.monotonic()
+                self.idle.remove(j)
+                self.busy.add(j)
                 self.send(j, t, args.straggler_delay * slow[j])
-            self.idle &= answers.keys()
-            self.listen(t, answers)
-            if run.interrupted:
-                raise Stopped("")
+            for j, when, answer in self.receive(0.2):
+                self.busy.discard(j)
+                if when < 0:
+                    self.replace(j)
+                else:
+                    self.idle.add(j)
+                if when == t and answer:
+                    answers[j] = answer
 
-            # patience has an end: then a missing agent is computed here
+            # not for ever: then the silent are replaced, and this process computes the update
             waited = time.monotonic() - begin
+            if run.interrupted or self.restarts > limit:
+                raise Stopped("learners end again and again without an answer (a program that calls train() "
+                              'needs `if __name__ == "__main__":`)')
             if waited > 10 and not told:
-                told = say(f"update {t} waits for {len(C) - len(answers)} of {len(C)} learners")
-            if waited > args.learner_timeout and (missing := undecodable_agents(rows)):
-                say(f"update {t}: too few learners have answered, agent {missing[0]} is computed here")
-                here[missing[0]] = encode(unit[missing[0]], job, self.spec, t)
+                told = True
+                print(f"update {t} waits for {len(C) - len(answers)} of {len(C)} learners", file=sys.stderr)
+            if waited > args.learner_timeout:
+                print(f"learners {sorted(self.busy)} have not answered in {args.learner_timeout:g} s and are "
+                      f"replaced; update {t} is computed here", file=sys.stderr)
+                for j in [*self.busy]:
+                    self.replace(j)
+                C = np.eye(C.shape[1])
+                answers = {i: encode(row, job, self.spec, t) for i, row in enumerate(C)}
+        # enough: the others stop
         for j in self.busy:
-            self.send(j, -t, 0.0)  # enough: stop
+            self.send(j, -t, 0.0)
         info = {"learners/seconds": time.monotonic() - begin, "learners/used": len(answers),
-                "learners/computed_here": len(here), "learners/restarts": self.restarts}
-        return *solution(rows, [*answers.values(), *here.values()], args, self.code.exact), info
+                "learners/computed_here": C is not self.C, "learners/restarts": self.restarts}
+        return *solution(C[[*answers]], [*answers.values()], args.max_grad_norm), info
 
-    def listen(self, t, answers):
-        """Take in what learners say, for at most 0.2 s; replace the dead and the silent."""
-        for j, when, answer in self.receive(0.2):
-            self.busy.pop(j, None)
-            if when < 0:
-                self.idle.discard(j)
-                self.lost(j)
-                continue
-            self.idle.add(j)
-            self.deaths[j] *= when == 0
-            if when == t and answer:
-                answers[j] = answer
-        for j, since in [*self.busy.items()]:
-            if time.monotonic() - since > self.args.learner_timeout:
-                say(f"learner {j} has not answered in {self.args.learner_timeout:g} s and is replaced")
-                del self.busy[j]
-                self.lost(j)
-
-    def lost(self, j):
+    def replace(self, j):
+        self.idle.discard(j)
+        self.busy.discard(j)
         self.restarts += 1
-        self.deaths[j] += 1
-        if self.deaths[j] > 5:
-            raise Stopped(f"learner {j} has ended 6 times in a row without an answer (a program that calls "
-                          'train() needs `if __name__ == "__main__":`)')
         self.kill(j)
         self.start(j)
 
     def publish(self, job):
         if self.job is None:
             self.job = Job(*(tensor.cpu().clone().share_memory_() for tensor in job))
-            self.Y = torch.zeros(len(self.code.C), width(self.spec), dtype=torch.float64).share_memory_()
-            for j in self.deaths:
+            self.Y = torch.zeros(len(self.C), width(self.spec), dtype=torch.float64).share_memory_()
+            for j in self.working:
                 self.start(j)
         for ours, new in zip(self.job, job):
             ours.copy_(new)
 
     def start(self, j):
         self.pipe[j], theirs = self.context.Pipe()
-        options = (self.spec, self.code.exact, self.args.agent_seconds)
-        given = (theirs, self.job, self.Y[j], self.code.C[j], *options)
+        given = (theirs, self.job, self.Y[j], self.C[j], self.spec, self.args.agent_seconds)
         self.process[j] = self.context.Process(target=learner, args=given, daemon=True)
         self.process[j].start()
         theirs.close()
@@ -754,13 +662,15 @@ class Learners(Central):
             self.pipe[j].send(message)
 
     def receive(self, seconds):
-        name = {pipe: j for j, pipe in self.pipe.items()}
-        for pipe in connection.wait([*name], seconds):
+        """(learner, update, (y, losses)) for each that has spoken; update 0: ready, -1: dead."""
+        owner = {pipe: j for j, pipe in self.pipe.items()}
+        for pipe in connection.wait([*owner], seconds):
+            j = owner[pipe]
             try:
-                t, losses = pipe.recv()  # first (0, None): it is ready
-                yield name[pipe], t, losses and (self.Y[name[pipe]], losses)
+                t, losses = pipe.recv()
+                yield j, t, losses and (self.Y[j], losses)
             except (EOFError, OSError):
-                yield name[pipe], -1, None
+                yield j, -1, None
 
     def kill(self, j):
         self.process[j].kill()
@@ -772,12 +682,7 @@ class Learners(Central):
             process.kill()
 
 
-def say(text):
-    print(f"{SCRIPT}: {text}", file=sys.stderr, flush=True)
-    return True
-
-
-def learner(pipe, job, out, row, spec, exact, agent_seconds):
+def learner(pipe, job, out, row, spec, agent_seconds):
     """A learner process: one job after another, until the controller hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -790,27 +695,26 @@ def learner(pipe, job, out, row, spec, exact, agent_seconds):
         while True:
             t, delay = pipe.recv()
             if t > 0:  # otherwise a cancel that came after the answer
-                answer = encode(row, job, spec, t, exact, cancelled, agent_seconds, delay)
+                answer = encode(row, job, spec, t, cancelled, agent_seconds, delay)
                 if answer:
                     out.copy_(answer[0])
                 pipe.send((t, answer and answer[1]))
 
 
 def make_engine(args, spec):
-    """Who computes X. Says what the code is worth."""
-    if not args.num_learners:
-        return Central(None, spec, args)
+    """Who computes X."""
+    N, M = args.num_learners, len(spec.obs)
+    if not N:
+        return Central(np.eye(M), spec, args)
     try:
-        code = make_code(args.scheme, args.num_learners, len(spec.obs), spec.seed, args.code_p, args.ldpc)
+        C = make_code(args.scheme, N, M, args.seed % 2**64, args.code_p)
     except ValueError as error:
         fail(error)
-    load = np.count_nonzero(code.C, axis=1)
+    load = np.count_nonzero(C, axis=1)
     if args.num_stragglers > np.count_nonzero(load):
         fail(f"--num-stragglers {args.num_stragglers}: only {np.count_nonzero(load)} learners have work")
-    sure = "" if code.proved else " (in 3,000 subsets tried)"
-    print(f"{args.scheme}: {args.num_learners} learners, {load[load > 0].min()} to {load.max()} agents each, "
-          f"any {code.survives} may be lost{sure}; condition numbers up to {code.condition:.0e}", flush=True)
-    return (Central if args.engine == "inline" else Learners)(code, spec, args)
+    print(f"{args.scheme}: {N} learners, {load[load > 0].min()} to {load.max()} agents each", flush=True)
+    return Central(C, spec, args) if args.engine == "inline" else Learners(C, spec, args)
 
 
 @torch.no_grad()
@@ -834,13 +738,13 @@ def iterate(env, spec, nets, replay, engine, args, iteration, run=None):
     due = step // args.update_every - math.ceil(args.learning_starts / args.update_every) + 1
     while step >= args.learning_starts and nets["n"] < due:
         t = nets["n"].item() + 1
-        job = make_job(spec, nets, replay.sample(spec.seed, t, args.batch_size), t)
+        job = make_job(spec, nets, replay.sample(spec.args.seed, t, args.batch_size), t)
         X, losses, logs = engine.solve(t, job, run)
         apply_update(nets, spec, X.to(args.device), args)
         logs |= {"losses/critic": losses[:, 0].mean(), "losses/actor": losses[:, 1].mean()}
 
     # the next episodes
-    episodes = rollout(env, spec, nets["actor"], (spec.seed, iteration, PLAY))
+    episodes = rollout(env, spec, nets["actor"], (spec.args.seed, iteration, PLAY))
     replay.append(episodes)
     returns = returns_of(spec, episodes).mean(0)  # (M,)
     logs |= {f"charts/episodic_return/agent_{i}": r for i, r in enumerate(returns.tolist())}
@@ -867,38 +771,34 @@ def evaluate(args, spec, actor):
     for name, policy in policies.items():
         with torch.random.fork_rng():
             torch.manual_seed(args.seed % 2**32 + 10_000)
-            returns = returns_of(spec, rollout(env, spec, policy, (spec.seed, 0, EVAL)))
+            returns = returns_of(spec, rollout(env, spec, policy, (spec.args.seed, 0, EVAL)))
         values = {"return": returns.sum(1)}
         if K:
             values |= {"adversaries": returns[:, :K].sum(1), "good": returns[:, K:].sum(1)}
         values |= {f"return/agent_{i}": r for i, r in enumerate(returns.T)}
         values |= env.measures() if hasattr(env, "measures") else {}
         for tag, value in values.items():
-            flat |= {f"{name}/{tag}": value.mean().item(), f"{name}/{tag}_ci95": interval(value)}
+            ci95 = 1.96 * value.std(correction=min(1, len(value) - 1)).item() / math.sqrt(len(value))
+            flat |= {f"{name}/{tag}": value.mean().item(), f"{name}/{tag}_ci95": ci95}
     return flat
 
 
-def interval(x):
-    """Half width of the 95 % interval of the mean."""
-    return 1.96 * x.std(correction=min(1, len(x) - 1)).item() / math.sqrt(len(x))
-
-
-def table(args, flat):
-    """What evaluate() found: a line a number, a column a policy. The sum over opponents is left out."""
-    opponents = "eval/good" in flat
-    policies = ["eval/random", *["eval/random_good", "eval/random_adversaries"] * opponents]
-    names = ["learned", *(policy.removeprefix("eval/").replace("_", " ") for policy in policies)]
-    lines = [f"{args.env}: mean of {args.eval_episodes} episodes, ± 95 % interval",
-             " " * 20 + "".join(f"{name:>22s}" for name in names)]
+def report(args, flat, folder, step):
+    """Print what evaluate() found, a column a policy, and write eval.json. No sum over opponents."""
+    policies = [tag.removesuffix("/return") for tag in flat if tag.endswith("/return")]
+    names = ["learned", *(policy[5:].replace("_", " ") for policy in policies[1:])]
+    print(f"{args.env}: mean of {args.eval_episodes} episodes, ± 95 % interval")
+    print(" " * 20 + "".join(f"{name:>22s}" for name in names))
     for path in flat:
         tag = path.removeprefix("eval/random/")
-        if tag != path and not tag.endswith("_ci95") and not (opponents and tag == "return"):
-            line = f"{tag.replace('_', ' '):20s}"
-            for policy in ["eval", *policies]:
-                cell = f"{flat[f'{policy}/{tag}']:.2f} ± {flat[f'{policy}/{tag}_ci95']:.2f}"
-                line += f"{cell:>22s}"
-            lines.append(line)
-    return "\n".join(lines)
+        if tag == path or tag.endswith("_ci95") or (tag == "return" and len(policies) > 2):
+            continue
+        line = f"{tag.replace('_', ' '):20s}"
+        for policy in policies:
+            cell = f"{flat[f'{policy}/{tag}']:.2f} ± {flat[f'{policy}/{tag}_ci95']:.2f}"
+            line += f"{cell:>22s}"
+        print(line)
+    write_eval(folder, flat | {"global_step": step, "seed": args.seed})
 
 
 # ================================================================ 7. Runs
@@ -1007,7 +907,7 @@ def film(args, spec, actor, folder):
     """play.gif: three episodes side by side."""
     camera = envs.Camera(make_env(args, 1))
     for k in range(3):
-        rollout(camera, spec, actor, (spec.seed, 1 + k, EVAL))
+        rollout(camera, spec, actor, (spec.args.seed, 1 + k, EVAL))
     print(camera.save(folder / "play.gif", {f"episode {k + 1}": k for k in range(3)}, skip=1))
 
 
@@ -1015,31 +915,26 @@ def train(args):
     check(args)
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
-    env = make_env(args, args.num_envs)
+    env, state = make_env(args, args.num_envs), None
+    playable(args, env)
     spec = make_spec(args, env)
-    nets, replay = make_nets(spec, args.device), Replay(args, spec)
+    nets, replay, iteration, step = make_nets(spec, args.device), Replay(args, spec), 0, 0
 
     # continue, or evaluate
-    state, iteration, step = None, 0, 0
     if path := args.resume or args.evaluate:
         state = load(path)
         for name in nets:
             nets[name].copy_(state["nets"][name])
         iteration, step = state["iteration"], state["step"]
-    if args.evaluate:
-        results = evaluate(args, spec, nets["actor"])
-        print(table(args, results))
-        write_eval(state["folder"], results | {"global_step": step, "seed": args.seed})
-        return film(args, spec, nets["actor"], state["folder"]) if args.capture_video else None
-    # learners, and the replay of the checkpoint
-    if state:
         replay.rows[: len(state["rows"])] = state["rows"]
         replay.stored = iteration * args.num_envs
-    engine, why = make_engine(args, spec), ""
+    if args.evaluate:
+        report(args, evaluate(args, spec, nets["actor"]), state["folder"], step)
+        return film(args, spec, nets["actor"], state["folder"]) if args.capture_video else None
 
-    with contextlib.closing(engine), Run(args, state) as run:
-        done = stop = False
-        while not stop:
+    with contextlib.closing(make_engine(args, spec)) as engine, Run(args, state) as run:
+        done, why = False, None
+        while not (done or why or run.interrupted):
             # an iteration; if the engine gives up, what was before it is saved
             try:
                 logs = iterate(env, spec, nets, replay, engine, args, iteration + 1, run)
@@ -1047,8 +942,7 @@ def train(args):
                 step += args.num_envs * args.horizon
                 done = step >= args.total_steps
             except Stopped as error:
-                why, logs = str(error), {}
-            stop = done or run.interrupted or not logs
+                why, logs = error, {}
             # evaluate, log, save
             milestone = bool(done or logs and args.eval_every and iteration % args.eval_every == 0)
             if milestone:
@@ -1056,14 +950,12 @@ def train(args):
                 logs |= results
             if logs:
                 run.log(logs, step, f"return {logs['charts/episodic_return']:.2f}", milestone)
-            if stop or iteration % args.save_every == 0:
+            if done or why or run.interrupted or iteration % args.save_every == 0:
                 run.save(step, nets=nets, rows=replay.rows[: replay.stored].clone(), iteration=iteration)
         if done:
-            print(table(args, results))
-            write_eval(run.dir, results | {"global_step": step, "seed": args.seed})
-        print(f"checkpoint.pt, with the replay: {(run.dir / 'checkpoint.pt').stat().st_size / 1e6:.0f} MB")
-    if why:
-        fail(f"{why}. All before it is in {run.dir}/checkpoint.pt: go on with --resume", code=1)
+            report(args, results, run.dir, step)
+        if why and not run.interrupted:
+            fail(f"{why}. All before it is in {run.dir}/checkpoint.pt: go on with --resume", code=1)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

@@ -23,8 +23,8 @@ import coded_maddpg as c  # noqa: E402
 class RayLearners(c.Learners):
     """Of Ray's own restarts and cancellation nothing is used: a lost actor is replaced by a new one."""
 
-    def __init__(self, code, spec, args):
-        super().__init__(code, spec, args)
+    def __init__(self, C, spec, args):
+        super().__init__(C, spec, args)
         try:
             import ray
 
@@ -37,15 +37,15 @@ class RayLearners(c.Learners):
             ray.cloudpickle.register_pickle_by_value(module)
         options = dict(num_cpus=0.1, max_concurrency=2, scheduling_strategy="SPREAD")
         self.ray, self.Actor = ray, ray.remote(**options)(RemoteLearner)
-        self.given, self.actors, self.pending = (spec, code.exact, args.agent_seconds), {}, {}
+        self.given, self.actors, self.pending = (spec, args.agent_seconds), {}, {}
 
     def publish(self, job):
         self.job = self.ray.put([tensor.cpu().numpy() for tensor in job])
-        for j in self.deaths.keys() - self.actors.keys():
+        for j in set(self.working) - self.actors.keys():
             self.start(j)
 
     def start(self, j):
-        self.actors[j] = self.Actor.remote(self.code.C[j], *self.given)
+        self.actors[j] = self.Actor.remote(self.C[j], *self.given)
         self.pending[self.actors[j].ready.remote()] = j
 
     def send(self, j, t, delay):
@@ -90,7 +90,7 @@ class RemoteLearner:
         self.stop = t
 
     def work(self, arrays, t, delay):
-        spec, exact, agent_seconds = self.given
+        spec, agent_seconds = self.given
 
         def cancelled(seconds):
             end = time.monotonic() + seconds
@@ -99,7 +99,7 @@ class RemoteLearner:
             return self.stop >= t
 
         job = c.Job(*(torch.from_numpy(array.copy()) for array in arrays))
-        answer = c.encode(self.row, job, spec, t, exact, cancelled, agent_seconds, delay)
+        answer = c.encode(self.row, job, spec, t, cancelled, agent_seconds, delay)
         return t, answer and (answer[0].numpy(), answer[1])
 
 
