@@ -625,7 +625,7 @@ class Learners(Central):
                       f"replaced; update {t} is computed here", file=sys.stderr)
                 for j in [*self.busy]:
                     self.replace(j)
-                C = np.eye(C.shape[1])
+                C = np.eye(C.shape[1])  # (M, M): decodable
                 answers = {i: encode(row, job, self.spec, t) for i, row in enumerate(C)}
         # enough: the others stop
         for j in self.busy:
@@ -932,6 +932,7 @@ def train(args):
         report(args, evaluate(args, spec, nets["actor"]), state["folder"], step)
         return film(args, spec, nets["actor"], state["folder"]) if args.capture_video else None
 
+    # train
     with contextlib.closing(make_engine(args, spec)) as engine, Run(args, state) as run:
         done, why = False, None
         while not (done or why or run.interrupted):
