@@ -609,7 +609,7 @@ class Learners(Central):
                     self.replace(j)
                 else:
                     self.idle.add(j)
-                if when == t and answer:
+                if when == t and answer:  # none to an old t
                     answers[j] = answer
 
             # not for ever: then the silent are replaced, and this process computes the update
