@@ -7,519 +7,408 @@ Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor 
              iteration depend on one snapshot and one minibatch. Let each of N learners return a weighted sum
              of several x_i, such that the answers of many subsets I of the learners give all x_i.
   Algorithm  C: which learner computes which agents, with what weights           (1)  -> make_code()
-             for each iteration t: one minibatch of B transitions; for every agent i:
+             for each update t: one minibatch of B transitions; for every agent i:
                  a = softmax(logits + Gumbel noise keyed by (seed, t, i))        (2)  -> gumbel_softmax()
                  y = r_i + gamma (1 - done) Q_i-(o', a'), a' of target actors    (3)  -> td_target()
-                 g_q = d/dq mean (Q_i(o, a) - y)^2; an Adam step on q            (4)  -> critic_gradient()
-                 g_p = d/dp mean -Q_i(o, a with a_i anew) + 1e-3 logits^2        (5)  -> actor_gradient()
+                 g_q = d/dq mean (Q_i(o, a) - y)^2; an Adam step on q            (4)  -> critic_loss()
+                 g_p = d/dp mean -Q_i(o, a with a_i anew) + 1e-3 logits^2        (5)  -> actor_loss()
                  x_i = [g_q, g_p], each tensor clipped to norm 0.5               (6)  -> clip_to_grid()
                learner j: y_j = sum_i c_ji x_i, agent after agent                (7)  -> encode()
                at the first set I of arrived learners with rank C_I = M          (8)  -> decodable()
                X: least squares of C_I X = Y_I; all other learners stop          (9)  -> decode()
                Adam on p_i and q_i of all agents                                 (10) -> adam()
                p_i- <- (1-tau) p_i- + tau p_i, and q_i- likewise                 (11) -> apply_update()
-               an episode in each world with the new actors, to the replay       (12) -> rollout()
+             an episode in each env with the new actors, to the replay           (12) -> rollout()
              Time of (7)-(9): min_I max_{j in I} (w_j c + t_s [j is slow])       (13) -> arrivals()
-  Symbols    p_i, q_i    theta, critic  (M, P)   x  joint obs, joint action  (B, D)   C  code      (N, M)
-             p_i-, q_i-  targets        (M, P)   X  all updates  (M, P_q + P_p)       Y  received  (|I|, ..)
-             B rows; O, A largest observation, action; D = M (O + A); w_j nonzeros in row j; c time of an x_i.
+  Symbols    p_i, q_i    actor, critic: flat vectors       C  code      (N, M)     w_j  nonzeros in row j
+             p_i-, q_i-  targets                           X  updates   (M, P)     c    seconds for an x_i
+             B rows; O_i, A_i sizes of i's obs and action  Y  received  (|I|, P)   t_s  delay of a straggler
   Schemes    s: every loss of s learners is survived; load: agents that a learner computes
-               uncoded      s = 0, load 1                mds         s = N-M, load M: Chebyshev-Vandermonde
+               uncoded      s = 0, load 1                mds         s = N-M, load M: Chebyshev polynomials
                replication  s = floor(N/M)-1, load 1     random      sparse Gaussian, load about --code-p M
-               ldpc         --ldpc p,rho,gamma           sparse-mds  s = N-M at the least load M (N-M+1) / N
+               ldpc         N = 15, M = 8 or 10: s = 1   sparse-mds  s = N-M at the least load M (N-M+1) / N
              No stragglers: uncoded. Rarely one: ldpc, or replication if N >= 2M. Several: sparse-mds.
   Departures [D1] One minibatch for all agents and one snapshot, as the paper's distributed program; OpenAI's
                   base code goes agent after agent. The controller computes a' once for all agents.
              [D2] x_i are clipped gradients, not weights: learners keep no state, may die and join any time.
-             [D3] x_i has 31 bits and C about 20, so that (7) never rounds and (9) is exact: every decodable I
-                  gives the very bits of training without learners. The original sums in single precision.
-             [D4] mds: Chebyshev polynomials. The paper's powers of .1 ... .5 are singular to floating point
-                  (mds-paper shows it). sparse-mds, and the checks of C at the start, are ours.
+             [D3] x_i are multiples of a unit, 2^-32 for norm .5. So eq. (9) can be rounded to them, and any
+                  decodable I gives the very bits of training without learners.
+             [D4] mds: the paper's powers of .1 ... .5 have condition numbers beyond 1e10, too large to
+                  decode exactly. sparse-mds is ours.
              [D5] Targets start as copies, the base code's as independent draws. Adam is TensorFlow's.
-  Original   --scenario: --env   --max-episode-len: --horizon   --num-episodes, --num_train: --total-steps
-  options    --num-adversaries, --good-policy, --adv-policy, --lr, --gamma, --batch-size, --num-units,
-             --scheme, --num_agents, --num_learners: the same   --num_straggler: --num-stragglers
-             --save-rate: --save-every   --exp-name, --save-dir, --plots-dir: --run-dir
-             --load-dir, --restore: --resume FILE   --display: --evaluate FILE --capture-video
-             --vanLDPC_p, --vanLDPC_pho, --vanLDPC_gamma: --ldpc p,rho,gamma
-             --benchmark, --benchmark-iters, --benchmark-dir: --evaluate FILE --eval-episodes, into eval.json
-  Run        python coded_maddpg.py --env simple_spread                       # no learners: 2 min on one core
+  Run        python coded_maddpg.py --env simple_spread                          # ordinary MADDPG
              python coded_maddpg.py --env simple_tag --num-agents 8 --adv-policy ddpg
              python coded_maddpg.py --env simple_spread --num-agents 8 --num-learners 15 --num-stragglers 4
              python coded_maddpg.py --env simple_push --num-agents 8 --num-learners 15 --scheme ldpc
-             python coded_maddpg.py --env simple_spread --num-learners 15 --scheme mds-paper --engine inline
-             python coded_maddpg.py --env simple_spread --num-learners 15 --engine ray --ray-address auto
-             python coded_maddpg.py --evaluate runs/x/checkpoint.pt --capture-video      # the table and a GIF
-  Expect     simple_spread, 40,000 episodes: return -41, summed over agents (three seeds; random: -74).
-             With learners the result is that without, bit by bit, whatever dies (one thread each).
-  Licence    MIT. Please cite the papers above for the methods.
+             python coded_maddpg.py --num-learners 15 --num-stragglers 4 --engine inline    # a virtual clock
+             python benchmark/ray_engine.py --env simple_spread --num-learners 15     # on a Ray cluster
+             python coded_maddpg.py --evaluate runs/x/checkpoint.pt --capture-video     # the table and a film
+  Expect     simple_spread: return about -43, summed over agents (random: -74). With learners the result
+             is that without, bit by bit, whatever dies. Please cite the papers above for the methods.
 """
 
 import contextlib
-import csv
-import ctypes
-import io
 import itertools
 import json
 import math
+import multiprocessing as mp
 import os
-import random
-import re
 import signal
-import socket
 import sys
-import threading
 import time
-from dataclasses import asdict, dataclass
-from multiprocessing import connection, get_context
+from dataclasses import dataclass, fields
+from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import Literal, NamedTuple, Optional, get_args
-
-# Large pages for torch, and no freed memory given back by glibc: fresh pages took a third of the time.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-with contextlib.suppress(Exception):
-    ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+from threading import current_thread, main_thread
+from typing import Annotated, Literal, NamedTuple, Optional
 
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
+from torch.utils.tensorboard import SummaryWriter
+from tyro.constructors import PrimitiveConstructorSpec
 
 import envs
 
 # ================================================================ 0. Arguments
-Env = Literal["simple_spread", "simple", "simple_tag", "simple_adversary", "simple_push",
-              "simple_speaker_listener", "simple_reference", "simple_crypto", "simple_world_comm"]
-Scheme = Literal["centralized", "uncoded", "replication", "mds", "mds-paper", "random", "ldpc", "sparse-mds"]
+SCRIPT = Path(globals().get("__file__", "notebook.py")).stem
 
-# What an argument left at None becomes. OpenAI's runs have 60,000 episodes, the paper's 16,000.
-PAPER = dict(num_threads=1, total_steps=1_000_000, eval_every=1000, eval_episodes=400, save_every=1000)
+
+def fail(message, code=2):
+    """End with one line on stderr. Exit code 2: bad input; 1: the run itself went wrong."""
+    print(f"{SCRIPT}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def within(kind, low, high=math.inf):
+    """A number for Args that the command line refuses outside [low, high]; --help shows the range."""
+
+    def read(words):
+        value = kind(float(words[0])) if "e" in words[0].lower() else kind(words[0])  # 1e6 is an integer too
+        if not low <= value <= high:
+            raise ValueError(f"must be in [{low}, {high}], not {value}")
+        return value
+
+    return Annotated[kind, PrimitiveConstructorSpec(
+        nargs=1, metavar=f"{kind.__name__.upper()} {low}..{high}", instance_from_str=read,
+        is_instance=lambda x: isinstance(x, (int, float)), str_from_instance=lambda x: [str(x)])]
+
+
+Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
+Scheme = Literal["uncoded", "replication", "mds", "random", "ldpc", "sparse-mds"]
 
 
 @dataclass
 class Args:
-    # --- experiment: the same in all six scripts
-    env: Env = get_args(Env)[0]
-    """which world to play"""
-    seed: int = 1
-    """seeds python, numpy, torch and the worlds"""
-    device: str = "cpu"
-    """torch device: cpu, cuda, cuda:1"""
-    num_threads: Optional[int] = None
-    """torch threads of each process; default: what was measured to be fastest"""
-    total_steps: Optional[int] = None
-    """training transitions, over all worlds, inner-loop ones included; default: the preset of the world"""
-    eval_every: Optional[int] = None
-    """evaluate each so many outer iterations; 0: only at the end"""
-    eval_episodes: Optional[int] = None
-    """episodes of each task in an evaluation; default: as many as in training"""
-    save_every: Optional[int] = None
-    """write checkpoint.pt each so many outer iterations (and at the end, and on Ctrl-C)"""
-    run_dir: Optional[str] = None
-    """where to write; default runs/<env>__<script>__<seed>__<time>"""
-    resume: Optional[str] = None
-    """a checkpoint.pt to go on from bit by bit, in its folder, with its arguments unless others are given"""
-    evaluate: Optional[str] = None
-    """a checkpoint.pt to evaluate: prints the table, writes eval.json beside it, exits"""
-    capture_video: bool = False
-    """with --evaluate: also write a GIF (2-D worlds, MuJoCo) or a text table of the play (matrix games)"""
-    track: bool = False
-    """also log to Weights & Biases (needs wandb)"""
+    """Defaults: three agents on simple_spread with the authors' hyper-parameters, and no learners."""
+
+    # --- run: the same in all six scripts
+    env: str = "simple_spread"  # simple, simple_spread, _tag, _adversary, _push, ...: PRESETS; or your own
+    seed: int = 1  # of torch, of environments and networks, and of all keyed noise
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch, in the controller
+    total_steps: Count = 500_000  # training transitions of all environments
+    eval_every: within(int, 0) = 250  # iterations between evaluations; 0: only at the end
+    eval_episodes: Count = 400  # episodes in an evaluation
+    save_every: Count = 500  # iterations between checkpoints, which hold the replay: 150 MB a million steps
+    run_dir: Optional[str] = None  # default: runs/<env>__<script>__<seed>__<time>
+    resume: Optional[str] = None  # checkpoint.pt, or its folder, to continue bit-exactly
+    evaluate: Optional[str] = None  # checkpoint.pt, or its folder, to evaluate: prints the table
+    capture_video: bool = False  # with --evaluate: write play.gif
+    track: bool = False  # log to Weights & Biases too
     # --- algorithm
-    num_agents: Optional[int] = None
-    """M, agents; default: the standard world's"""
-    num_adversaries: Optional[int] = None
-    """how many of them, the first ones, play against the others; default: the world's"""
-    dialect: Literal["mpe2", "mpe"] = "mpe2"
-    """the rules of the maintained package or of the original one: scores must not be compared"""
-    good_policy: Literal["maddpg", "ddpg"] = "maddpg"
-    """the critics of the good agents see all observations and actions, or only their own"""
-    adv_policy: Literal["maddpg", "ddpg"] = "maddpg"
-    """the same for the adversaries"""
-    horizon: int = 25
-    """H, steps in an episode"""
-    num_envs: int = 4
-    """worlds side by side; an iteration is one episode in each of them and one update"""
-    lr: float = 0.01
-    """Adam's step size, eq. (10)"""
-    gamma: float = 0.95
-    """discount in eq. (3), in [0, 1]"""
-    tau: float = 0.01
-    """how far targets follow in an iteration, eq. (11)"""
-    batch_size: int = 1024
-    """B, transitions in a minibatch"""
-    num_units: int = 64
-    """units in each of the two hidden layers"""
-    max_grad_norm: float = 0.5
-    """each tensor's gradient is clipped to this norm, eq. (6)"""
-    replay_size: int = 1_000_000
-    """transitions that the replay holds; memory is taken as it fills"""
-    learning_starts: Optional[int] = None
-    """transitions before the first update; default: batch_size * horizon"""
-    num_learners: int = 0
-    """N, learner processes; 0: ordinary MADDPG in this one"""
-    scheme: Scheme = "sparse-mds"
-    """who computes what, eq. (1); for --num-learners > 0"""
-    code_p: float = 0.8
-    """share of nonzeros in --scheme random"""
-    ldpc: Optional[str] = None
-    """p,rho,gamma of --scheme ldpc: gamma x rho blocks of p x p; default: the first that fits N and M"""
-    engine: Literal["local", "inline", "ray"] = "local"
-    """learners are processes here; or played one after another with a virtual clock; or actors on Ray"""
-    ray_address: str = "auto"
-    """the running Ray cluster, host:port or auto"""
-    num_stragglers: int = 0
-    """k, learners drawn anew in each iteration that hold their answer back"""
-    straggler_delay: float = 0.25
-    """t_s, seconds for which they do"""
-    agent_seconds: float = 0.0
-    """the least time for a learner's update of one agent; emulates nodes slower than ours"""
-    learner_timeout: float = 60.0
-    """seconds until a learner that does not answer is replaced, and until an undecodable iteration ends"""
-    on_undecodable: Literal["wait", "stop", "compute"] = "wait"
-    """too few learners left: wait for their restart, save and stop, or compute the missing agents here"""
+    num_agents: Optional[int] = None  # M; default: the environment's own number
+    num_adversaries: Optional[int] = None  # the first of them play against the others; default: the env's
+    dialect: Literal["mpe2", "mpe"] = "mpe2"  # rules of the maintained package or the original
+    good_policy: Literal["maddpg", "ddpg"] = "maddpg"  # critics see everything, or what is their own
+    adv_policy: Literal["maddpg", "ddpg"] = "maddpg"  # the same for the adversaries
+    horizon: Count = 25  # H, steps of an episode
+    num_envs: Count = 16  # environments side by side; an iteration is an episode in each of them
+    update_every: Count = 100  # transitions between two updates
+    lr: Size = 0.01  # Adam's step size, eq. (10)
+    gamma: Share = 0.95  # discount, eq. (3)
+    tau: Share = 0.01  # how far the targets follow, eq. (11)
+    batch_size: Count = 1024  # B, transitions in a minibatch
+    num_units: Count = 64  # units in each of the two hidden layers
+    max_grad_norm: within(float, 1e-9) = 0.5  # each tensor's gradient is clipped to this norm, eq. (6)
+    replay_size: Count = 1_000_000  # transitions that the replay holds; memory is taken as it fills
+    learning_starts: Count = 25_600  # transitions before the first update
+    num_learners: within(int, 0) = 0  # N; 0: ordinary MADDPG in this process
+    scheme: Scheme = "sparse-mds"  # who computes what, eq. (1)
+    code_p: Share = 0.8  # share of nonzeros in --scheme random
+    engine: Literal["local", "inline"] = "local"  # processes, or a virtual clock
+    num_stragglers: within(int, 0) = 0  # k, learners drawn in each update that hold their answer back
+    straggler_delay: Size = 0.25  # t_s, seconds for which they do
+    agent_seconds: Size = 0.0  # the least time for an x_i; emulates slower nodes
+    learner_timeout: within(float, 1e-3) = 60.0  # seconds after which nobody waits for a learner any more
 
 
-def resolve(args):
-    """Fill what was left at None and refuse what cannot be."""
-    preset = PAPER | dict(learning_starts=args.batch_size * args.horizon)
-    for name, value in preset.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    counts = "num_envs horizon batch_size num_units learning_starts num_threads save_every eval_episodes"
-    for names, fits, what in (
-            (f"{counts} total_steps", lambda x: x >= 1, "at least 1"),
-            ("lr max_grad_norm learner_timeout code_p", lambda x: x > 0, "positive"),
-            ("num_learners num_stragglers straggler_delay agent_seconds seed", lambda x: x >= 0, "0 or more"),
-            ("gamma tau code_p", lambda x: 0 <= x <= 1, "in [0, 1]")):
-        for name in names.split():
-            if not fits(getattr(args, name)):
-                fail(f"--{name.replace('_', '-')} must be {what}, not {getattr(args, name)}")
+OTHERS = ("tag", "adversary", "push", "speaker_listener", "reference", "crypto", "world_comm")
+PRESETS = {f"simple_{name}": dict(total_steps=1_000_000) for name in OTHERS}  # what differs from the defaults
+
+
+def preset(args):
+    """What replaces the defaults where the command line is silent."""
+    return PRESETS.get(args.env, {})
+
+
+def check(args):
+    """Refuse what no single argument can be blamed for."""
     if args.replay_size < max(args.learning_starts, args.num_envs * args.horizon):
-        fail(f"--replay-size {args.replay_size} is smaller than --learning-starts {args.learning_starts} "
-             f"or than the {args.num_envs * args.horizon} transitions of an iteration")
+        fail("--replay-size must hold --learning-starts and the --num-envs x --horizon of an iteration")
+    if args.num_stragglers and args.straggler_delay >= args.learner_timeout and args.engine != "inline":
+        fail("--straggler-delay must be shorter than --learner-timeout: every straggler would count as dead")
+    if args.num_stragglers and not args.num_learners:
+        fail("--num-stragglers needs --num-learners")
+
+
+def parse():
+    """Read the command line. What it leaves open comes from the checkpoint if one is given, else from
+    preset(args), a dict that replaces some of the defaults."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that knows no "±" shows "?"
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    given, _ = tyro.cli(Args, args=words, return_unknown_args=True)
+    if given.resume and given.evaluate or given.capture_video and not given.evaluate:
+        fail("--resume and --evaluate exclude each other, and --capture-video needs --evaluate")
+    path = given.resume or given.evaluate
+    own = dict(resume=given.resume, evaluate=given.evaluate, run_dir=None)
+    stored = load(path)["args"] | own if path else preset(given)
+    args = tyro.cli(Args, description=__doc__, default=Args(**stored))
+    free = ("device", "num_threads", "total_steps", "save_every", "capture_video", "track")
+    for name, value in stored.items() if path else ():
+        if getattr(args, name) != value and name not in free and not name.startswith("eval_"):
+            fail(f"--{name.replace('_', '-')} cannot change here: the checkpoint was made with {value}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no GPU here")
     return args
 
 
 # ================================================================ 1. Environment
 def make_env(args, num_envs):
-    # The contract (envs/__init__.py); bring your own world by returning an object with these members:
-    #   num_envs B, horizon, num_agents N, obs_dims, action_dims
-    #   reset() -> obs, N times (B, O_i);  step(N times (B, A_i), probabilities) -> obs, reward (B, N), ...
-    #   optional: action_splits[i], sizes of agent i's one-hot blocks; num_adversaries; render(row)
+    """The one function to replace for an env of your own; envs/__init__.py lists what an env has."""
     options = dict(num_agents=args.num_agents, num_adversaries=args.num_adversaries, dialect=args.dialect)
     try:
         return envs.make(args.env, num_envs, horizon=args.horizon, device=args.device, **options)
-    except ValueError as e:
-        fail(e)
+    except ValueError as error:
+        fail(f"--env {args.env}: {error}")
+
+
+def playable(args, env):
+    """Refuse what make_env returned if these actors, which give probabilities, cannot play it."""
+    if not env.discrete or not hasattr(env, "action_splits"):
+        fail(f"--env {args.env}: needs discrete actions that may be soft (action_splits), eq. (2)")
+    if env.num_agents < 2 or env.horizon != args.horizon:
+        fail(f"--env {args.env}: needs at least two agents, and episodes of --horizon {args.horizon} steps")
 
 
 # ================================================================ 2. Networks
-# The actors of all agents are one tensor (M, P_p), a row an agent; so are critics and targets; named views of
-# it go into batched products. Observations and actions smaller than the largest are padded with zeros: the
-# weights of the padding get zero gradients and never matter. There is no autograd in this file: an update is
-# a few products, written out below and checked against autograd in the tests.
+# Each agent has an actor and a critic of its own: a net is one flat vector, and those of all agents lie one
+# after another. So the Adam step of everybody is one line, and what travels to a learner is a few vectors.
 class Spec(NamedTuple):
-    """Everything that an update of an agent depends on but its data; plain numbers, to be sent around."""
+    """Everything that an update depends on but its data; plain numbers, to be sent around."""
 
-    obs_dims: tuple
-    splits: tuple  # of each agent: sizes of its one-hot blocks
+    args: Args
+    obs: tuple  # O_i
+    act: tuple  # A_i
+    splits: tuple  # of each agent: sizes of its one-hot blocks, which sum to A_i
     local: tuple  # of each agent: does its critic see only its own observation and action (ddpg)?
-    hidden: int
-    batch_size: int
-    gamma: float
-    lr: float
-    clip: float
-    seed: int
+    actor: tuple  # of each agent: layer sizes of its actor
+    critic: tuple  # the same for its critic
 
 
 def make_spec(args, env):
-    M, K = env.num_agents, getattr(env, "num_adversaries", 0) or 0
-    splits = getattr(env, "action_splits", None) or [(n,) for n in env.action_dims]
-    local = tuple((args.adv_policy if i < K else args.good_policy) == "ddpg" for i in range(M))
-    return Spec(tuple(map(int, env.obs_dims)), tuple(tuple(map(int, s)) for s in splits), local,
-                args.num_units, args.batch_size, args.gamma, args.lr, args.max_grad_norm, args.seed)
+    K, H = getattr(env, "num_adversaries", 0) or 0, args.num_units
+    policies = [args.adv_policy] * K + [args.good_policy] * (env.num_agents - K)
+    local, actor, critic = [policy == "ddpg" for policy in policies], [], []
+    for O, A, own in zip(env.obs_dims, env.action_dims, local):
+        seen = O + A if own else sum(env.obs_dims) + sum(env.action_dims)
+        actor.append((O, H, H, A))
+        critic.append((seen, H, H, 1))
+    return Spec(args, *map(tuple, (env.obs_dims, env.action_dims, env.action_splits, local, actor, critic)))
 
 
-def once(function):
-    """Remembers what it returned. (functools' own cannot be sent to a Ray cluster.)"""
-    memory = {}
-    return lambda *key: memory[key] if key in memory else memory.setdefault(key, function(*key))
+def pieces(sizes):
+    """How many numbers each weight and bias has, in the order of the net's flat vector."""
+    return [k for n, m in itertools.pairwise(sizes) for k in (n * m, m)]
 
 
-class Shape(NamedTuple):
-    M: int
-    O: int  # largest observation
-    A: int  # largest action
-    D: int  # width of x: M observations, then M actions
-    actor: dict  # {name: shape} in the order of the flat vector
-    critic: dict
-    P_actor: int
-    P_critic: int
+def lengths(spec, kind):
+    """How long the flat vector of each agent's "actor" or "critic" is."""
+    return [sum(pieces(sizes)) for sizes in getattr(spec, kind)]
 
 
-@once
-def shape(spec):
-    M, O, A, H = len(spec.obs_dims), max(spec.obs_dims), max(map(sum, spec.splits)), spec.hidden
-    # w3 (out, H) gives outputs (out, B): on a CPU five times faster than (B, out) while out is 1 or 5
-    net = lambda n, out: dict(w1=(n, H), b1=(1, H), w2=(H, H), b2=(1, H), w3=(out, H), b3=(out, 1))
-    size = lambda shapes: sum(map(math.prod, shapes.values()))
-    actor, critic = net(O, A), net(M * (O + A), 1)
-    return Shape(M, O, A, M * (O + A), actor, critic, size(actor), size(critic))
+def width(spec):
+    """P, the length of the longest x_i; zeros follow a shorter one."""
+    return max(map(sum, zip(lengths(spec, "critic"), lengths(spec, "actor"))))
 
 
-def unflatten(flat, shapes):
-    """(n, P) -> {name: (n, *shape)}, views."""
-    parts = flat.split([math.prod(s) for s in shapes.values()], -1)
-    return {k: part.unflatten(-1, s) for (k, s), part in zip(shapes.items(), parts)}
+def glorot(sizes):
+    """A net's flat vector: weights uniform with variance 2 / (fan in + fan out), biases zero."""
+    parts = []
+    for n, m in itertools.pairwise(sizes):
+        parts += [(2 * torch.rand(n * m) - 1) * math.sqrt(6 / (n + m)), torch.zeros(m)]
+    return torch.cat(parts)
 
 
-@once
-def critic_mask(spec, device="cpu"):
-    """(M, D, 1): 1 where an agent's critic looks; None if all look at everything that there is."""
-    s = shape(spec)
-    mask = torch.zeros(s.M, s.D, 1)
-    for i, j in itertools.product(range(s.M), range(s.M)):
-        if i == j or not spec.local[i]:
-            mask[i, j * s.O : j * s.O + spec.obs_dims[j]] = 1
-            start = s.M * s.O + j * s.A
-            mask[i, start : start + sum(spec.splits[j])] = 1
-    return mask.to(device) if any(spec.local) else None
+def make_nets(spec, device):
+    """Flat vectors of all agents: actor, critic, their targets, which start as copies [D5], and the moments m
+    and v of Adam; n counts the updates."""
+    nets = {"n": torch.zeros((), dtype=torch.int64)}
+    for kind in ("actor", "critic"):
+        net = torch.cat([glorot(sizes) for sizes in getattr(spec, kind)]).to(device)
+        nets |= {kind: net, f"target_{kind}": net.clone()}
+        nets |= {f"m_{kind}": torch.zeros_like(net), f"v_{kind}": torch.zeros_like(net)}
+    return nets
 
 
-def glorot(shapes, fan_in, fan_out):
-    """(P,): uniform with variance 2 / (fan in + fan out) in the first fan_in inputs and fan_out outputs."""
-    net = {k: torch.zeros(1, *s) for k, s in shapes.items()}
-    H = net["w2"].shape[-1]
-    for name, rows, cols in ("w1", fan_in, H), ("w2", H, H), ("w3", fan_out, H):
-        net[name][0, :rows] = (2 * torch.rand(rows, cols) - 1) * math.sqrt(6 / (rows + cols))
-    return torch.cat([v.flatten() for v in net.values()])
+def mlp(flat, sizes, x):
+    """Linear, ReLU, Linear, ReLU, Linear: x (B, in) -> (B, out)."""
+    parts = iter(flat.split(pieces(sizes)))
+    for layer, (n, m) in enumerate(itertools.pairwise(sizes)):
+        weight, bias = next(parts).view(n, m), next(parts)
+        x = torch.addmm(bias, x, weight)
+        x = x.relu() if layer < 2 else x
+    return x
 
 
-def make_nets(spec):
-    """{"theta": (M, P_actor), "critic": (M, P_critic), and the targets, their copies} [D5]."""
-    s = shape(spec)
-    actor = torch.stack([glorot(s.actor, o, sum(a)) for o, a in zip(spec.obs_dims, spec.splits)])
-    critic = torch.stack([glorot(s.critic, s.D, 1) for _ in range(s.M)])
-    if (mask := critic_mask(spec)) is not None:  # a local critic: drawn for as many inputs as it has
-        w1, seen = unflatten(critic, s.critic)["w1"], mask.sum(1, keepdim=True)
-        w1 *= mask * ((s.D + spec.hidden) / (seen + spec.hidden)).sqrt()
-    return {"theta": actor, "critic": critic, "target_theta": actor.clone(), "target_critic": critic.clone()}
-
-
-def mlp(p, x):
-    """x (n, B, in) -> hidden h1, h2 (n, B, H), and the output, transposed: (n, out, B)."""
-    h1 = torch.baddbmm(p["b1"], x, p["w1"]).relu_()
-    h2 = torch.baddbmm(p["b2"], h1, p["w2"]).relu_()
-    return h1, h2, torch.baddbmm(p["b3"], p["w3"], h2.mT)
-
-
-def mlp_backward(p, x, h1, h2, d_out):
-    """From the derivative by the output (n, out, B) to that by the parameters, (n, P) in mlp's order."""
-    d2 = (d_out.mT @ p["w3"]).mul_(h2.sign())  # 1 where the ReLU is open, 0 where it is not
-    d1 = (d2 @ p["w2"].mT).mul_(h1.sign())
-    grads = (x.mT @ d1, d1.sum(1), h1.mT @ d2, d2.sum(1), d_out @ h2, d_out.sum(-1))
-    return torch.cat([g.flatten(1) for g in grads], 1)
-
-
+# Noise and minibatches are keyed, not drawn from a stream: so learners agree on them, whoever computes what.
 PLAY, TARGETS, BATCH, SLOW, EVAL = range(1 << 15, (1 << 15) + 5)  # streams beside those of the agents
 
 
 def keyed(seed, t, stream):
     """A counter-based generator: what it draws depends on (seed, t, stream) alone, wherever it runs."""
-    return np.random.Generator(np.random.Philox(key=[seed, t << 16 | stream]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, t << 16 | stream], np.uint64)))
 
 
-def noise(seed, t, stream, size):
-    """Exp(1) numbers (float32); minus their logarithm is Gumbel noise."""
-    return torch.from_numpy(np.maximum(keyed(seed, t, stream).standard_exponential(size, np.float32), 1e-30))
+def gumbel(seed, t, stream, shape):
+    """Gumbel noise: minus the logarithm of Exp(1) numbers."""
+    e = keyed(seed, t, stream).standard_exponential(shape, np.float32)
+    return -torch.from_numpy(np.maximum(e, 1e-30)).log()
 
 
-@once
-def blocks(spec, device="cpu"):
-    """Masks (M, A, 1), the k-th for all k-th one-hot blocks; none if every agent has one, of size A."""
-    s = shape(spec)
-    masks = torch.zeros(max(map(len, spec.splits)), s.M, s.A, 1, dtype=torch.bool)
-    for i, sizes in enumerate(spec.splits):
-        for k in range(len(sizes)):
-            masks[k, i, sum(sizes[:k]) : sum(sizes[: k + 1])] = True
-    return () if len(masks) == 1 and masks.all() else tuple(masks.to(device))
-
-
-def gumbel_softmax(logits, e, masks):
-    """eq. (2), block by block, along dimension 1: logits, e ~ Exp(1) (n, A, B); masks (n, A, 1) -> (n, A, B).
-    Soft at temperature 1, as the base code: this vector goes to the world and into the replay."""
-    z = logits - e.log()
-    if not masks:
-        return z.softmax(1)
-    return sum(z.masked_fill(~m, -math.inf).softmax(1).where(m, 0) for m in masks)
-
-
-def softmax_backward(action, d_action, masks):
-    """The derivative by the logits of gumbel_softmax."""
-    g = action * d_action
-    for m in masks or (torch.ones((), dtype=torch.bool),):
-        g = g - action * (action * d_action * m).sum(1, keepdim=True) * m
-    return g
+def gumbel_softmax(logits, noise, split):
+    """eq. (2): (B, A_i) -> (B, A_i), block by block. Soft at temperature 1, as in the base code: this vector
+    goes to the env and into the replay."""
+    return torch.cat([z.softmax(1) for z in (logits + noise).split(split, 1)], 1)
 
 
 # ================================================================ 3. Rollout
-# The worlds play one episode with the current actors, all agents in one batched product a step. The soft
-# action is the only exploration. An episode is stored as H + 1 rows: the next observation is the next row.
+# An episode in each env with the current actors. The soft action is the only exploration. A row holds what
+# belongs to one time step; an episode is H + 1 rows, so the next observation is the next row.
 class Replay:
-    """The last E episodes as a ring. torch.empty takes memory only where it is written to."""
+    """The last E episodes as a ring (E, H+1, W). torch.empty takes memory only where it is written to."""
 
-    def __init__(self, size, horizon, width, num_agents, num_actions, device):
-        self.H, self.E, self.stored = horizon, size // horizon, 0  # stored: episodes ever
-        rows = self.E * (horizon + 1)
-        self.obs = torch.empty(rows, width, device=device)  # joint observation, M O
-        self.act = torch.empty(rows, num_actions, device=device)  # joint action, M A
-        self.end = torch.empty(rows, num_agents + 1, device=device)  # reward of each agent, terminated
+    def __init__(self, args, spec):
+        self.widths = sum(spec.obs), sum(spec.act), len(spec.obs) + 1  # obs, act, reward and terminated
+        self.stored = 0  # episodes ever
+        episodes = args.replay_size // args.horizon
+        self.rows = torch.empty(episodes, args.horizon + 1, sum(self.widths), device=args.device)
 
     def __len__(self):
-        return min(self.stored, self.E) * self.H
+        """Transitions."""
+        return min(self.stored, len(self.rows)) * (self.rows.shape[1] - 1)
 
-    def append(self, obs, act, end):
-        """Episodes as (H+1, n, .), (H, n, .), (H, n, .)."""
-        n = obs.shape[1]
-        where = (torch.arange(n) + self.stored).to(obs.device) % self.E
-        for store, new in (self.obs, obs), (self.act, act), (self.end, end):
-            rows = store.view(self.E, self.H + 1, -1)
-            rows[where, : len(new)] = new.transpose(0, 1)
-            rows[where, len(new) :] = 0  # nothing follows the last observation
-        self.stored += n
+    def append(self, episodes):
+        where = (torch.arange(len(episodes)) + self.stored) % len(self.rows)
+        self.rows[where.to(self.rows.device)] = episodes
+        self.stored += len(episodes)
 
     def sample(self, seed, t, n):
-        """n transitions, uniform with replacement: obs, next obs (n, .), act, end."""
-        i = keyed(seed, t, BATCH).integers(len(self), size=n)
-        row = torch.from_numpy(i // self.H * (self.H + 1) + i % self.H).to(self.obs.device)
-        return (self.obs.index_select(0, row), self.obs.index_select(0, row + 1),
-                self.act.index_select(0, row), self.end.index_select(0, row))
-
-    def state_dict(self):
-        n = min(self.stored, self.E) * (self.H + 1)
-        return dict(stored=self.stored, **{k: getattr(self, k)[:n].clone() for k in ("obs", "act", "end")})
-
-    def load_state_dict(self, state):
-        self.stored = state["stored"]
-        for name in ("obs", "act", "end"):
-            getattr(self, name)[: len(state[name])] = state[name]
+        """n transitions, uniform with replacement: obs, act, end, next obs, each (n, .)."""
+        H = self.rows.shape[1] - 1
+        i = torch.from_numpy(keyed(seed, t, BATCH).integers(len(self), size=n)).to(self.rows.device)
+        now, following = self.rows[i // H, i % H], self.rows[i // H, i % H + 1]
+        return *now.split(self.widths, 1), following[:, : self.widths[0]]
 
 
-def side_by_side(parts, width):
-    """M times (B, n_i <= width) -> (B, M width), padded with zeros."""
-    if any(p.shape[1] != width for p in parts):
-        parts = [torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts]
-    return torch.cat(parts, 1)
+def act_all(actor, spec, obs, noise):
+    """eq. (2) for all agents: flat actors, obs (B, sum O), noise (B, sum A) -> (B, sum A)."""
+    nets, seen = actor.split(lengths(spec, "actor")), obs.split(spec.obs, 1)
+    actions = []
+    for i, e in enumerate(noise.split(spec.act, 1)):
+        logits = mlp(nets[i], spec.actor[i], seen[i])
+        actions.append(gumbel_softmax(logits, e, spec.splits[i]))
+    return torch.cat(actions, 1)
 
 
-def rollout(env, spec, theta, key, watch=None):
-    """eq. (12): one episode in each world: obs (H+1, B, M O), act (H, B, M A), end (H, B, M+1: rewards,
-    terminated). key: (seed, t, stream) of the noise. watch: called with the world after each step."""
-    s, B, H, device = shape(spec), env.num_envs, env.horizon, theta.device
-    p, masks = unflatten(theta, s.actor), blocks(spec, str(device))
-    e = noise(*key, (H, s.M, s.A, B)).to(device)
-    obs, act, end = (torch.empty(n, B, w, device=device) for n, w in
-                     ((H + 1, s.M * s.O), (H, s.M * s.A), (H, s.M + 1)))
-    tuple_of = lambda x: (x,) if torch.is_tensor(x) else x  # a world with one agent drops the tuple
-    obs[0] = side_by_side(tuple_of(env.reset()), s.O)
-    for t in range(H):
-        seen = obs[t].view(B, s.M, s.O).transpose(0, 1)  # (M, B, O)
-        action = gumbel_softmax(mlp(p, seen)[2], e[t], masks).mT  # (M, B, A)
-        act[t].view(B, s.M, s.A).copy_(action.transpose(0, 1))
-        action = tuple(a[:, : sum(split)] for a, split in zip(action, spec.splits))
-        o, reward, terminated, _, _ = env.step(action if s.M > 1 else action[0])
-        obs[t + 1] = side_by_side(tuple_of(o), s.O)
-        end[t, :, : s.M], end[t, :, s.M] = reward, terminated  # time being up is no end: it is bootstrapped
-        if watch:
-            watch(env)
-    return obs, act, end
+@torch.no_grad()
+def rollout(env, spec, actor, key):
+    """eq. (12): an episode of each env as rows of the replay, (B, H+1, W). key: (seed, t, stream)."""
+    B = env.num_envs
+    noise = gumbel(*key, (env.horizon, B, sum(spec.act))).to(actor.device)
+    obs, rows = torch.cat(env.reset(), 1), []
+    for e in noise:
+        act = act_all(actor, spec, obs, e)
+        new, reward, terminated, _, _ = env.step(act.split(spec.act, 1))
+        # time being up is no end: it is bootstrapped
+        rows.append(torch.cat([obs, act, reward, terminated[:, None]], 1))
+        obs = torch.cat(new, 1)
+    nothing = torch.zeros_like(rows[0][:, obs.shape[1] :])  # follows the last observation
+    return torch.stack([*rows, torch.cat([obs, nothing], 1)], 1)
 
 
 # ================================================================ 4. Objectives
-# The update of an agent is a function of a snapshot, a minibatch and a key, and of nothing else. It must give
-# the same bits wherever it runs: so learners, and the controller on a CPU, compute one agent at a time, in
-# products of the same shapes: no loss there, as each fills a core. On a GPU all M go at once.
+# The update of an agent is a function of a snapshot, a minibatch and a key, and of nothing else. Coding adds
+# up what different learners computed: x_i must have the same bits wherever it is computed. So all run this.
 class Job(NamedTuple):
-    """What learners get for update t: all there is to know [D2]."""
+    """What learners get for update t: all there is to know [D2]. Nets and moments are flat, of all agents."""
 
-    x: torch.Tensor  # (B, D) observations of all agents, then actions of all
-    x_next: torch.Tensor  # (B, D) the same one step later, with the target actors' actions
+    obs: torch.Tensor  # (B, sum O)
+    act: torch.Tensor  # (B, sum A)
     end: torch.Tensor  # (B, M+1) rewards, terminated
-    theta: torch.Tensor  # (M, P_actor)
-    critic: torch.Tensor  # (M, P_critic)
+    next_obs: torch.Tensor  # (B, sum O)
+    next_act: torch.Tensor  # (B, sum A) of the target actors
+    actor: torch.Tensor
+    critic: torch.Tensor
     target_critic: torch.Tensor
-    m: torch.Tensor  # (M, P_critic) Adam's moments of the critics
-    v: torch.Tensor
+    m_critic: torch.Tensor  # Adam's moments
+    v_critic: torch.Tensor
 
 
-def make_job(spec, nets, adam_state, sample, t):
+@torch.no_grad()
+def make_job(spec, nets, sample, t):
     """One minibatch for all agents, and a' of all agents from one snapshot of the targets [D1]."""
-    s, (obs, next_obs, act, end) = shape(spec), sample
-    device = obs.device
-    seen = next_obs.view(-1, s.M, s.O).transpose(0, 1)  # (M, B, O)
-    e = noise(spec.seed, t, TARGETS, (s.M, s.A, len(obs))).to(device)
-    logits = mlp(unflatten(nets["target_theta"], s.actor), seen)[2]
-    a_next = gumbel_softmax(logits, e, blocks(spec, str(device))).permute(2, 0, 1).flatten(1)  # (B, M A)
-    return Job(torch.cat([obs, act], 1), torch.cat([next_obs, a_next], 1), end, nets["theta"], nets["critic"],
-               nets["target_critic"], adam_state["m"][:, : s.P_critic], adam_state["v"][:, : s.P_critic])
+    obs, act, _, next_obs = sample
+    noise = gumbel(spec.args.seed, t, TARGETS, act.shape).to(act.device)
+    next_act = act_all(nets["target_actor"], spec, next_obs, noise)
+    return Job(*sample, next_act, *(nets[name] for name in Job._fields[5:]))
 
 
-def job_shapes(spec):
-    s, B = shape(spec), spec.batch_size
-    return Job((B, s.D), (B, s.D), (B, s.M + 1), (s.M, s.P_actor), *[(s.M, s.P_critic)] * 4)
+def seen_by(spec, i, obs, act):
+    """What the critic of agent i sees: everything, or (ddpg) what is its own."""
+    if spec.local[i]:
+        obs, act = obs.split(spec.obs, 1)[i], act.split(spec.act, 1)[i]
+    return torch.cat([obs, act], 1)
 
 
-def job_views(flat, spec):
-    """A Job whose tensors lie one after another in `flat`, as it travels."""
-    shapes = job_shapes(spec)
-    return Job(*(part.view(s) for part, s in zip(flat.split([*map(math.prod, shapes)]), shapes)))
+def td_target(target_critic, sizes, x_next, reward, terminated, gamma):
+    """eq. (3): reward, terminated (B,) -> y (B,)."""
+    return reward + gamma * (1 - terminated) * mlp(target_critic, sizes, x_next)[:, 0]
 
 
-def td_target(target_critic, x_next, reward, terminated, gamma):
-    """eq. (3): reward, terminated (n, B), x_next (n, B, D) -> y (n, B)."""
-    return reward + gamma * (1 - terminated) * mlp(target_critic, x_next)[2][:, 0]
+def critic_loss(critic, sizes, x, y):
+    """eq. (4)"""
+    return (mlp(critic, sizes, x)[:, 0] - y).square().mean()
 
 
-def critic_gradient(critic, x, y):
-    """eq. (4): x (n, B, D), y (n, B) -> gradient (n, P), loss (n,)."""
-    assert x.shape[:2] == y.shape
-    h1, h2, q = mlp(critic, x)
-    error = q[:, 0] - y
-    return mlp_backward(critic, x, h1, h2, error[:, None] * (2 / y.shape[1])), error.square().mean(1)
-
-
-def actor_gradient(actor, critic, x, obs, old, own, e, masks, sizes):
-    """eq. (5): x (n, B, D), obs (n, B, O), old (n, B, A) the own action in x, own (n, A, H) its rows of the
-    critic's w1, noise e (n, A, B), sizes (n,) of the actions -> gradient (n, P), loss (n,)."""
-    B = x.shape[1]
-    g1, g2, logits = mlp(actor, obs)
-    action = gumbel_softmax(logits, e, masks)  # (n, A, B)
-    # x with the own action replaced, without a copy of x: only that much of the first layer changes
-    h1 = torch.baddbmm(critic["b1"], x, critic["w1"]).baddbmm_(action.mT - old, own).relu_()
-    h2 = torch.baddbmm(critic["b2"], h1, critic["w2"]).relu_()
-    # back through the critic to the action: d(-mean q)/dq is -1/B everywhere
-    d2 = critic["w3"] / -B * h2.sign()
-    d1 = (d2 @ critic["w2"].mT).mul_(h1.sign())
-    d_logits = softmax_backward(action, own @ d1.mT, masks)
-    weight = 1e-3 / (B * sizes)[:, None, None]  # of each squared logit
-    q = (critic["w3"] @ h2.mean(1)[..., None])[:, 0, 0] + critic["b3"][:, 0, 0]
-    loss = -q + (weight * logits.square()).sum((1, 2))
-    return mlp_backward(actor, obs, g1, g2, d_logits + 2 * weight * logits), loss
+def actor_loss(actor, critic, spec, i, obs, act, noise):
+    """eq. (5): the own action is replaced, those of the others stay the replay's."""
+    logits = mlp(actor, spec.actor[i], obs.split(spec.obs, 1)[i])
+    acts = list(act.split(spec.act, 1))
+    acts[i] = gumbel_softmax(logits, noise, spec.splits[i])
+    q = mlp(critic, spec.critic[i], seen_by(spec, i, obs, torch.cat(acts, 1)))
+    return 1e-3 * logits.square().mean() - q.mean()
 
 
 def grid(clip):
-    """Unit and bound of the numbers that travel: multiples of 2^-31 of the bound, a power of 2 [D3]."""
-    bound = 2.0 ** math.ceil(math.log2(clip))
-    return bound * 2.0**-31, bound
+    """The unit of the numbers that travel: 2^-31 of the bound, itself a power of 2 [D3]."""
+    return 2.0 ** (math.ceil(math.log2(clip)) - 31)
 
 
-def clip_to_grid(grads, shapes, clip):
-    """eq. (6): each tensor of (n, P) to norm <= clip, then to multiples of the unit, all in place."""
-    unit, bound = grid(clip)
-    for g in grads.split([math.prod(s) for s in shapes.values()], -1):
-        g.mul_(clip / g.norm(dim=1, keepdim=True).clamp(min=clip))
-    return grads.mul_(1 / unit).round_().mul_(unit).clamp_(-bound, bound)  # powers of 2: only round_ rounds
+def clip_to_grid(grad, sizes, clip):
+    """eq. (6): each weight and bias of a flat gradient to norm <= clip, then to multiples of the unit."""
+    grad = torch.cat([g * (clip / g.norm().clamp(min=clip)) for g in grad.split(pieces(sizes))])
+    return (grad / grid(clip)).round() * grid(clip)  # powers of 2: only round() rounds
 
 
 def adam(g, m, v, n, lr):
@@ -529,59 +418,32 @@ def adam(g, m, v, n, lr):
     return m / (v.sqrt() + 1e-8) * -rate, m, v
 
 
-def agent_update(job, spec, t, i, j):
-    """x_i .. x_{j-1}, eqs. (2)-(6), as (n, P_critic + P_actor), and losses of critic and actor, (n, 2)."""
-    s, n, device = shape(spec), j - i, job.x.device
-    x, x_next = (z.expand(n, -1, -1) for z in (job.x, job.x_next))
-    terminated = job.end[:, s.M].expand(n, -1)
-    target, reward = unflatten(job.target_critic[i:j], s.critic), job.end[:, i:j].T  # (n, B)
-    y = td_target(target, x_next, reward, terminated, spec.gamma)
-    g_q, loss_q = critic_gradient(unflatten(job.critic[i:j], s.critic), x, y)
-    if (mask := critic_mask(spec, str(device))) is not None:
-        unflatten(g_q, s.critic)["w1"].mul_(mask[i:j])
-    clip_to_grid(g_q, s.critic, spec.clip)
+def agent_update(job, spec, t, i):
+    """x_i, eqs. (2)-(6), a flat vector, and the losses [critic, actor]."""
+    mine = lengths(spec, "critic")
+    critic, target, m, v = (flat.split(mine)[i] for flat in job[6:])
+    actor = job.actor.split(lengths(spec, "actor"))[i].detach().requires_grad_()
+
+    # the critic's gradient
+    with torch.no_grad():
+        x_next = seen_by(spec, i, job.next_obs, job.next_act)
+        y = td_target(target, spec.critic[i], x_next, job.end[:, i], job.end[:, -1], spec.args.gamma)
+    q = critic.detach().requires_grad_()
+    loss_q = critic_loss(q, spec.critic[i], seen_by(spec, i, job.obs, job.act), y)
+    g_q = clip_to_grid(torch.autograd.grad(loss_q, q)[0], spec.critic[i], spec.args.max_grad_norm)
+
     # the actor is judged by the critic after its step, which everyone takes for himself
-    change, _, _ = adam(g_q, job.m[i:j], job.v[i:j], t, spec.lr)
-    critic = unflatten(job.critic[i:j] + change, s.critic)
-    obs, acts = job.x[:, : s.M * s.O], job.x[:, s.M * s.O :]
-    own = torch.stack([critic["w1"][k - i, s.M * s.O + k * s.A :][: s.A] for k in range(i, j)])
-    e = torch.stack([noise(spec.seed, t, k, (s.A, len(x[0]))) for k in range(i, j)]).to(device)  # eq. (2)
-    g_p, loss_p = actor_gradient(
-        unflatten(job.theta[i:j], s.actor), critic, x, obs.unflatten(1, (s.M, s.O))[:, i:j].transpose(0, 1),
-        acts.unflatten(1, (s.M, s.A))[:, i:j].transpose(0, 1), own, e,
-        tuple(m[i:j] for m in blocks(spec, str(device))),
-        torch.tensor([sum(split) for split in spec.splits[i:j]], device=device))
-    clip_to_grid(g_p, s.actor, spec.clip)
-    return torch.cat([g_q, g_p], 1), torch.stack([loss_q, loss_p], 1)
-
-
-def all_updates(job, spec, t):
-    """X (M, P), losses (M, 2), without learners."""
-    M = shape(spec).M
-    step = M if job.x.is_cuda else 1
-    parts = [agent_update(job, spec, t, i, i + step) for i in range(0, M, step)]
-    return tuple(torch.cat(z) for z in zip(*parts))
+    critic = critic + adam(g_q, m, v, t, spec.args.lr)[0]
+    noise = gumbel(spec.args.seed, t, i, (len(job.obs), spec.act[i])).to(job.obs.device)
+    loss_p = actor_loss(actor, critic, spec, i, job.obs, job.act, noise)
+    g_p = clip_to_grid(torch.autograd.grad(loss_p, actor)[0], spec.actor[i], spec.args.max_grad_norm)
+    return torch.cat([g_q, g_p]), [loss_q.item(), loss_p.item()]
 
 
 # ================================================================ 5. Update
-# First the codes, then who computes: this process, learners played one after another, processes, Ray actors.
-# All four give X, bit for bit the same, and the controller applies it. Learners know nothing but their job.
-class Code(NamedTuple):
-    C: np.ndarray  # (N, M)
-    exact: bool  # on the grid of [D3]; otherwise single precision, as in the original
-    survives: int  # s: every loss of so many learners is decodable
-    condition: float  # the worst condition number of what is then left
-
-
-LIMIT = 1e8  # of condition numbers: beyond, wait for one more row
-
-
-def chebyshev(N, M):
-    """Columns cos(i phi_j), orthonormal: a Vandermonde matrix times an invertible one, so any M rows are
-    invertible [D4]."""
-    C = np.sqrt(2 / N) * np.cos(np.arange(M) * (2 * np.arange(N)[:, None] + 1) * np.pi / (2 * N))
-    C[:, 0] /= np.sqrt(2)
-    return C
+# First the codes, then who computes: this process, learners on a virtual clock, processes, or actors on Ray.
+# All give X, bit for bit the same, and the controller applies it. Learners know nothing but their job.
+LIMIT = 1e6  # of condition numbers: float64 then errs by less than half a unit. Beyond, wait for one more row
 
 
 def cyclic(N, M, rng):
@@ -594,126 +456,72 @@ def cyclic(N, M, rng):
     return C
 
 
-def array_ldpc(p, rho, gamma):
-    """C = [I; B] from the parity check [I B] over GF(2), block (a, b) of which is the cyclic shift by ab."""
-    H = np.block([[np.roll(np.eye(p, dtype=int), a * b, 1) for b in range(rho)] for a in range(gamma)])
-    pivots = []
-    for col in range(p * rho):
-        below = np.flatnonzero(H[len(pivots) :, col]) + len(pivots)
-        if len(below):
-            H[[len(pivots), below[0]]] = H[[below[0], len(pivots)]]
-            others = (H[:, col] == 1) & (np.arange(len(H)) != len(pivots))
-            H[others] ^= H[len(pivots)]
-            pivots.append(col)
-    B = np.delete(H[: len(pivots)], pivots, 1)
-    return np.vstack([np.eye(B.shape[1]), B])
+LDPC = {  # M: B of C = [I; B], from the parity checks of an array code of 3 x 5 blocks of 3 x 3
+    8: "11100001 11010001 11001001 10000101 10000011 01000000 01000000",
+    10: "1111100001 1100010001 1001001001 1011000101 1110000011"}
 
 
-def find_ldpc(N, M, text):
-    if text is None:
-        choices = [(p, N // p, g) for p in range(2, N) if N % p == 0 for g in range(1, N // p)]
-    else:
-        p, rho, gamma = map(int, text.split(","))
-        choices = [(p, rho, gamma)]
-    codes = [array_ldpc(*choice) for choice in choices if min(choice) > 0]
-    for C in codes:
-        if C.shape == (N, M):
-            return C
-    known = ", ".join(sorted({f"{n} learners for {m} agents" for n, m in (C.shape for C in codes)}))
-    raise ValueError(f"--ldpc {text or 'p,rho,gamma'} has {known or 'nothing'}, not {N} for {M}")
+def draw(scheme, N, M, p, rng):
+    """C (N, M) of a scheme, not yet checked."""
+    if scheme == "uncoded":
+        return np.eye(N, M)
+    if scheme == "replication":
+        return np.eye(M)[np.arange(N) % M]
+    if scheme == "mds":
+        # columns cos(i phi_j): Vandermonde times an invertible matrix, so any M rows are invertible [D4]
+        return np.cos(np.arange(M) * (2 * np.arange(N)[:, None] + 1) * np.pi / (2 * N))
+    if scheme == "random":
+        return rng.standard_normal((N, M)) * (rng.random((N, M)) < p)
+    if scheme == "sparse-mds":
+        return cyclic(N, M, rng)
+    if N != 15 or M not in LDPC:
+        raise ValueError("--scheme ldpc needs 15 learners and 8 or 10 agents, as the paper has")
+    return np.vstack([np.eye(M), [[*map(float, row)] for row in LDPC[M].split()]])
 
 
-DRAW = {  # scheme: (N, M) from N, M and the options
-    "uncoded": lambda N, M, *_: np.eye(N, M),
-    "replication": lambda N, M, *_: np.eye(M)[np.arange(N) % M],
-    "mds": lambda N, M, *_: chebyshev(N, M),
-    "mds-paper": lambda N, M, *_: np.linspace(0.1, 0.5, M) ** (N - 1 - np.arange(N)[:, None]),
-    "random": lambda N, M, p, ldpc, rng: rng.standard_normal((N, M)) * (rng.random((N, M)) < p),
-    "ldpc": lambda N, M, p, ldpc, rng: find_ldpc(N, M, ldpc),
-    "sparse-mds": lambda N, M, p, ldpc, rng: cyclic(N, M, rng),
-}
-
-
-def make_code(scheme, N, M, seed=1, p=0.8, ldpc=None):
-    """eq. (1). Random matrices are drawn until one is fit. ValueError if the scheme cannot reach rank M."""
+def make_code(scheme, N, M, seed=1, p=0.8):
+    """eq. (1): C (N, M). Random matrices are drawn until one is fit. ValueError if none has rank M."""
     if N < M:
         raise ValueError(f"--num-learners {N} are fewer than the {M} agents")
-    exact = scheme != "mds-paper"
-    for attempt in range(50 if scheme in ("random", "sparse-mds") else 1):
-        C = DRAW[scheme](N, M, p, ldpc, np.random.default_rng([seed, attempt]))
-        if exact:  # so few bits that sums of M products with 31-bit numbers fit in the 53 of a float64 [D3]
-            unit = 2.0 ** (math.ceil(math.log2(max(np.abs(C).sum(1).max(), 1e-9))) - 22)
-            C = np.round(C / unit) * unit
-        if decodable(C, exact) and (scheme == "uncoded" or C.any(1).all()):
-            code = Code(C, exact, *tolerance(C, exact))
-            if scheme != "sparse-mds" or code.survives == N - M:
-                return code
-    raise ValueError(f"--scheme {scheme} with {N} learners does not reach rank {M}, the number of agents"
-                     + f" (--code-p {p})" * (scheme == "random"))
+    for attempt in range(50):
+        C = draw(scheme, N, M, p, np.random.default_rng([seed, attempt]))
+        if decodable(C) and (scheme == "uncoded" or C.any(1).all()):
+            return C
+    raise ValueError(f"--scheme {scheme} with {N} learners does not reach rank {M}, the number of agents")
 
 
-def conditions(C, size):
-    """Condition numbers of all subsets of so many nonzero rows; of 3000 random ones if there are too many."""
-    rows = np.flatnonzero(C.any(1))
-    if math.comb(len(rows), size) <= 20_000:
-        subsets = np.array(list(itertools.combinations(rows, size)))
-    else:
-        subsets = np.random.default_rng(0).permuted(np.tile(rows, (3000, 1)), axis=1)[:, :size]
-    s = np.linalg.svd(C[subsets], compute_uv=False)
-    return s[:, 0] / np.maximum(s[:, -1], 1e-300)
-
-
-def tolerance(C, exact=True):
-    """The largest s such that any s losses among the nonzero rows are decodable; the worst condition then."""
-    N, M = np.count_nonzero(C.any(1)), C.shape[1]
-    worst, limit = lambda lost: conditions(C, N - lost).max(), LIMIT if exact else 1e15
-    if (most := worst(N - M)) < limit:  # if so, fewer losses are decodable, too
-        return N - M, most
-    lost = next(s for s in range(N - M + 1) if worst(s) >= limit) - 1
-    return lost, worst(lost) if lost >= 0 else math.inf
-
-
-def decodable(rows, exact=True):
-    """eq. (8): do these rows of C, (n, M), determine all agents, and safely so?"""
+def decodable(rows):
+    """eq. (8): do these rows of C, (n, M), determine all agents, and safely so? Full rank is a condition
+    number that is finite; the limit makes sure that rounding to the grid finds the right multiples [D3]."""
     if len(rows) < rows.shape[1]:
         return False
     s = np.linalg.svd(rows, compute_uv=False)
-    return s[-1] * (LIMIT if exact else 1e15) > s[0]
+    return s[-1] * LIMIT > s[0]
 
 
-def decode(rows, Y, clip, exact=True):
-    """eq. (9): X (M, P) float32 from rows C_I (n, M) and Y_I (n, P) float64. Sums on the grid are exact, so a
-    residual of zero proves the solution, and refinement finds it whatever the condition number [D3]. If there
-    is none, learners disagree about some x_i: other hardware, other libraries, bad memory."""
-    rows, (unit, bound) = torch.from_numpy(rows), grid(clip)
-    inverse = torch.linalg.pinv(rows)
-    X = inverse @ Y
-    for _ in range(4 * exact):
-        X.mul_(1 / unit).round_().mul_(unit).clamp_(-bound, bound)
-        residual = torch.addmm(Y, rows, X, alpha=-1)
-        if not residual.any() or not torch.isfinite(Y).all():  # not finite: nor is the loss, which says so
-            break
-        X.addmm_(inverse, residual)
-    else:
-        if exact:
-            raise Stopped("the learners' results contradict each other: do they all run on the same kind of "
-                          "processor, with the same library versions?")
+def decode(rows, Y, clip):
+    """eq. (9): X (M, P) float32 from rows C_I (n, M) and Y_I (n, P) float64. What was encoded lies on the
+    grid [D3]: so round. If what is found does not give Y_I back, learners disagree about some x_i."""
+    rows, unit = torch.from_numpy(rows), grid(clip)
+    X = (torch.linalg.pinv(rows) @ Y / unit).round().mul(unit)
+    if (rows @ X - Y).abs().max() > unit / 1000:  # a nan is not: the losses will show it
+        raise Stopped("the learners' results contradict each other: do they all run on the same kind of "
+                      "processor, with the same library versions?")
     return X.float()
 
 
-def encode(row, job, spec, t, exact=True, cancelled=lambda seconds: False, agent_seconds=0.0, delay=0.0):
+def encode(row, job, spec, t, cancelled=None, agent_seconds=0.0, delay=0.0):
     """eq. (7), a learner's whole work: y_j (P,) float64 and {agent: losses}. None if `cancelled`, which waits
     for so many seconds, says so between two agents, or while a straggler holds its answer back."""
-    s, losses = shape(spec), {}
-    y = torch.zeros(s.P_critic + s.P_actor, dtype=torch.float64 if exact else torch.float32)
-    for i in map(int, np.flatnonzero(row)):
+    y, losses = torch.zeros(width(spec), dtype=torch.float64), {}
+    for i in np.flatnonzero(row).tolist():
         start = time.perf_counter()
-        x, loss = agent_update(job, spec, t, i, i + 1)
-        y.add_(x[0], alpha=float(row[i]))
-        losses[i] = loss[0].tolist()
-        if cancelled(max(0.0, agent_seconds - (time.perf_counter() - start))):
+        x, losses[i] = agent_update(job, spec, t, i)
+        y[: len(x)].add_(x.cpu(), alpha=float(row[i]))
+        left = agent_seconds - (time.perf_counter() - start)
+        if cancelled and cancelled(max(0.0, left)):
             return None
-    return None if cancelled(delay) else (y.double(), losses)
+    return None if cancelled and cancelled(delay) else (y, losses)
 
 
 def slow_ones(C, seed, t, k):
@@ -723,730 +531,433 @@ def slow_ones(C, seed, t, k):
     return slow
 
 
-def arrivals(C, slow, agent_seconds, delay, exact=True):
+def arrivals(C, slow, agent_seconds, delay):
     """eq. (13) on equal learners: the first decodable I in order of arrival, and when it is complete."""
     load = np.count_nonzero(C, axis=1)
     finish = np.where(load > 0, load * agent_seconds + delay * slow, math.inf)
     order = np.argsort(finish, kind="stable")
-    for n in range(C.shape[1], len(C) + 1):
-        if decodable(C[order[:n]], exact):
-            return order[:n], finish[order[n - 1]]
-    return order, math.inf
-
-
-def undecodable_agents(rows):
-    """Agents whose x_i these rows (n, M) do not determine: the unit vector is not in the row space."""
-    inside = np.diag(np.linalg.pinv(rows) @ rows) if len(rows) else np.zeros(rows.shape[1])
-    return np.flatnonzero(inside < 1 - 1e-6).tolist()
+    n = C.shape[1]
+    while not decodable(C[order[:n]]):
+        n += 1
+    return order[:n], finish[order[n - 1]]
 
 
 class Stopped(Exception):
     """The run cannot go on. Nothing of the update has been applied: the state before it is good."""
 
 
+def solution(rows, answers, clip):
+    """X (M, P) and losses (M, 2) from the [(y, {agent: losses})] of a decodable set."""
+    X = decode(rows, torch.stack([y for y, _ in answers]), clip)
+    losses = {i: pair for _, pairs in answers for i, pair in pairs.items()}
+    return X, torch.tensor([losses[i] for i in sorted(losses)])
+
+
 class Central:
-    """No learners: ordinary MADDPG."""
+    """The arithmetic of the learners that would be first, on a virtual clock, eq. (13), in this process. With
+    the identity as code it is ordinary MADDPG."""
 
-    def __init__(self, spec):
-        self.spec = spec
+    def __init__(self, C, spec, args):
+        self.C, self.spec, self.args = C, spec, args
 
-    def solve(self, t, job):
-        return *all_updates(job, self.spec, t), {}
+    def solve(self, t, job, run):
+        """X (M, P), losses (M, 2), {tag: value} of update t."""
+        args, slow = self.args, slow_ones(self.C, self.args.seed, t, self.args.num_stragglers)
+        first, seconds = arrivals(self.C, slow, args.agent_seconds or 0.01, args.straggler_delay)
+        answers = [encode(row, job, self.spec, t) for row in self.C[first]]
+        info = {"learners/seconds": seconds, "learners/used": len(first)} if args.num_learners else {}
+        return *solution(self.C[first], answers, args.max_grad_norm), info
 
     def close(self):
         pass
 
 
-class Inline(Central):
-    """The arithmetic of the learners that would be first, on a virtual clock."""
+# The engine. A learner is starting, idle, or busy with job t, and gets a job only when idle: so a hung one is
+# never written to twice, and its pipe cannot fill up. Answers to an old t are dropped: whoever is late may
+# read a job half overwritten, and one buffer in shared memory is enough. The end of a pipe means death.
+class Learners(Central):
+    """Processes on this machine. benchmark/ray_engine.py overrides what speaks to them: publish to close."""
 
-    def __init__(self, code, spec, args):
-        self.code, self.spec, self.args = code, spec, args
+    def __init__(self, C, spec, args):
+        super().__init__(C, spec, args)
+        if getattr(mp.current_process(), "_inheriting", False):
+            raise SystemExit(2)  # a learner imports a program without the guard, which would start learners
+        forks = "forkserver" in mp.get_all_start_methods()  # a plain fork copies torch's threads in any state
+        self.context = mp.get_context("forkserver" if forks else "spawn")
+        if forks and current_thread() is main_thread():  # learners inherit this: Ctrl-C is for the controller
+            self.context.set_forkserver_preload(["__main__", SCRIPT, "torch"])
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            forkserver.ensure_running()
+            signal.signal(signal.SIGINT, handler)
+        self.working = np.flatnonzero(C.any(1)).tolist()
+        self.idle, self.busy, self.restarts = set(), set(), 0
+        self.job, self.process, self.pipe = None, {}, {}
 
-    def solve(self, t, job):
-        (C, exact, *_), args = self.code, self.args
-        slow = slow_ones(C, args.seed, t, args.num_stragglers)
-        order, seconds = arrivals(C, slow, args.agent_seconds or 0.01, args.straggler_delay, exact)
-        job = Job(*(z.cpu() for z in job))
-        answers = [encode(C[j], job, self.spec, t, exact) for j in order]
-        X = decode(C[order], torch.stack([y for y, _ in answers]), args.max_grad_norm, exact)
-        return X, losses_of(answers), {"learners/seconds": seconds, "learners/used": len(order)}
+    def solve(self, t, job, run):
+        args, C, answers, begin, told = self.args, self.C, {}, time.monotonic(), False
+        slow, limit = slow_ones(C, args.seed, t, args.num_stragglers), self.restarts + 5 * len(self.working)
+        self.publish(job)
+        while not decodable(C[[*answers]]):
+            # hand the job to all who are idle, then take in what comes
+            for j in self.idle - answers.keys():
+                self.idle.remove(j)
+                self.busy.add(j)
+                self.send(j, t, args.straggler_delay * slow[j])
+            for j, when, answer in self.receive(0.2):
+                self.busy.discard(j)
+                if when < 0:
+                    self.replace(j)
+                else:
+                    self.idle.add(j)
+                if when == t and answer:  # none to an old t
+                    answers[j] = answer
 
+            # not for ever: then the silent are replaced, and this process computes the update
+            waited = time.monotonic() - begin
+            if run.interrupted or self.restarts > limit:
+                raise Stopped("learners end again and again without an answer (a program that calls train() "
+                              'needs `if __name__ == "__main__":`)')
+            if waited > 10 and not told:
+                told = True
+                print(f"update {t} waits for {len(C) - len(answers)} of {len(C)} learners", file=sys.stderr)
+            if waited > args.learner_timeout:
+                print(f"learners {sorted(self.busy)} have not answered in {args.learner_timeout:g} s and are "
+                      f"replaced; update {t} is computed here", file=sys.stderr)
+                for j in [*self.busy]:
+                    self.replace(j)
+                C = np.eye(C.shape[1])  # (M, M): decodable
+                answers = {i: encode(row, job, self.spec, t) for i, row in enumerate(C)}
+        # enough: the others stop
+        for j in self.busy:
+            self.send(j, -t, 0.0)
+        info = {"learners/seconds": time.monotonic() - begin, "learners/used": len(answers),
+                "learners/computed_here": C is not self.C, "learners/restarts": self.restarts}
+        return *solution(C[[*answers]], [*answers.values()], args.max_grad_norm), info
 
-def losses_of(answers):
-    """(M, 2) from the [(y, {agent: losses})] of a decodable set, which touches every agent."""
-    losses = {i: pair for _, pairs in answers for i, pair in pairs.items()}
-    return torch.tensor([losses[i] for i in sorted(losses)])
-
-
-# The protocol, for processes and for Ray. A learner is starting (None), idle (0) or busy with job t > 0, and
-# gets a job only when idle: a hung one is never written to twice. Results of an old t are dropped: whoever is
-# late may read a snapshot half overwritten, and one buffer is enough.
-class Pool:
-    def __init__(self, code, spec, args):
-        self.code, self.spec, self.args = code, spec, args
-        self.state, self.since, self.failures, self.restarts = {}, {}, {}, 0
-        self.interrupted = lambda: False
-        self.open()
-        for j in map(int, np.flatnonzero(code.C.any(1))):  # those that have work
-            self.failures[j] = 0
-            self.launch(j)
-        while None in self.state.values():
-            self.listen(0, {})
-
-    def launch(self, j):
-        self.state[j], self.since[j] = None, time.monotonic()
+    def replace(self, j):
+        self.idle.discard(j)
+        self.busy.discard(j)
+        self.restarts += 1
+        self.kill(j)
         self.start(j)
 
-    def lost(self, j):
-        """Learner j is dead, or has not answered in time: put another one in its place."""
-        self.restarts, self.failures[j] = self.restarts + 1, self.failures[j] + 1
-        self.kill(j)
-        if self.failures[j] > 5:  # since its last answer
-            raise Stopped(f"learner {j} has died {self.failures[j]} times in a row")
-        self.launch(j)
-
-    def solve(self, t, job):
-        args, begin = self.args, time.monotonic()
-        C, exact = self.code.C, self.code.exact
-        slow = slow_ones(C, args.seed, t, args.num_stragglers)
-        self.publish(job)
-        answers, own, bad_since = {}, {}, None  # own: agents that are computed here
-        rows_of = lambda learners: np.concatenate([C[[*learners]], np.eye(C.shape[1])[[*own]]])
-        while not decodable(rows_of(answers), exact):
-            for j in [j for j, state in self.state.items() if state == 0 and j not in answers]:
-                self.state[j], self.since[j] = t, time.monotonic()
-                self.send(j, t, args.straggler_delay * slow[j])
-            possible = [j for j, state in self.state.items() if state is not None or j in answers]
-            if decodable(rows_of(possible), exact):
-                bad_since = None
-            elif args.on_undecodable == "compute":
-                i = undecodable_agents(rows_of(possible))[0]  # any of them raises the rank by one
-                own[i] = agent_update(job, self.spec, t, i, i + 1)
-                continue
-            else:
-                bad_since = self.complain(t, rows_of(possible), possible, bad_since)
-            self.listen(t, answers)
-        for j in [j for j, state in self.state.items() if state == t]:
-            self.cancel(j, t)
-        arrived, pairs = time.monotonic(), [(y, losses) for y, losses in answers.values()]
-        pairs += [(x[0].double().cpu(), {i: loss[0].tolist()}) for i, (x, loss) in own.items()]
-        X = decode(rows_of(answers), torch.stack([y for y, _ in pairs]), args.max_grad_norm, exact)
-        info = {"learners/seconds": arrived - begin, "learners/decode_seconds": time.monotonic() - arrived,
-                "learners/used": len(answers), "learners/stragglers_used": sum(slow[[*answers]]),
-                "learners/computed_here": len(own), "learners/restarts": self.restarts}
-        return X, losses_of(pairs), info
-
-    def listen(self, t, answers):
-        """Take in what learners say, for at most 0.2 s, and see to the silent ones."""
-        for j, answer in self.receive(0.2):
-            if answer is None:
-                self.lost(j)
-            elif j in self.state:
-                self.state[j], self.since[j] = 0, time.monotonic()
-                self.failures[j] *= answer[0] == 0  # an answer, be it that it was cancelled
-                if answer[0] == t and answer[1] is not None:
-                    answers[j] = answer[1]
-        for j, state in self.state.items():
-            patience = max(120.0, self.args.learner_timeout) if state is None else self.args.learner_timeout
-            if state != 0 and time.monotonic() - self.since[j] > patience:  # to start, it has to load torch
-                self.lost(j)
-        if self.interrupted():
-            raise Stopped("")
-
-    def complain(self, t, rows, possible, bad_since):
-        """Too few learners are left for update t. Says what is missing, once; returns since when."""
-        gone, agents = sorted(set(self.state) - set(possible)), undecodable_agents(rows)
-        text = (f"update {t} is undecodable: learners {gone} are gone, and the {len(possible)} left do not "
-                f"determine agents {agents} (rank {np.linalg.matrix_rank(rows)} of {rows.shape[1]})")
-        if self.args.on_undecodable == "stop":
-            raise Stopped(text)
-        if bad_since is None:
-            print(f"{SCRIPT}: {text}; waiting for their restart", file=sys.stderr, flush=True)
-            return time.monotonic()
-        if time.monotonic() - bad_since > self.args.learner_timeout:
-            raise Stopped(f"{text}, and none came back in {self.args.learner_timeout:g} s")
-        return bad_since
-
-
-class LocalPool(Pool):
-    """Processes on this machine. Job and results lie in shared memory; a message is a few bytes through a
-    pipe, which never fills up: a learner is sent a job and a cancel, no more. End of file means death."""
-
-    def open(self):
-        s = shape(self.spec)
-        self.context = get_context("forkserver")  # a plain fork would copy torch's threads in any state
-        self.context.set_forkserver_preload(["__main__", SCRIPT, "torch"])
-        self.flat = self.context.RawArray("f", sum(map(math.prod, job_shapes(self.spec))))
-        self.results = self.context.RawArray("d", len(self.code.C) * (s.P_critic + s.P_actor))
-        self.job = job_views(torch.frombuffer(self.flat, dtype=torch.float32), self.spec)
-        self.Y = torch.frombuffer(self.results, dtype=torch.float64).view(len(self.code.C), -1)
-        self.process, self.pipe = {}, {}
+    def publish(self, job):
+        if self.job is None:
+            self.job = Job(*(tensor.cpu().clone().share_memory_() for tensor in job))
+            self.Y = torch.zeros(len(self.C), width(self.spec), dtype=torch.float64).share_memory_()
+            for j in self.working:
+                self.start(j)
+        for ours, new in zip(self.job, job):
+            ours.copy_(new)
 
     def start(self, j):
         self.pipe[j], theirs = self.context.Pipe()
-        given = (theirs, self.flat, self.results, j, self.code, self.spec, self.args.agent_seconds)
+        given = (theirs, self.job, self.Y[j], self.C[j], self.spec, self.args.agent_seconds)
         self.process[j] = self.context.Process(target=learner, args=given, daemon=True)
         self.process[j].start()
         theirs.close()
+
+    def send(self, j, *message):
+        with contextlib.suppress(OSError):  # dead: receive() sees the end of the pipe
+            self.pipe[j].send(message)
+
+    def receive(self, seconds):
+        """(learner, update, (y, losses)) for each that has spoken; update 0: ready, -1: dead."""
+        owner = {pipe: j for j, pipe in self.pipe.items()}
+        for pipe in connection.wait([*owner], seconds):
+            j = owner[pipe]
+            try:
+                t, losses = pipe.recv()
+                yield j, t, losses and (self.Y[j], losses)
+            except (EOFError, OSError):
+                yield j, -1, None
 
     def kill(self, j):
         self.process[j].kill()
         self.process[j].join()
         self.pipe[j].close()
 
-    def publish(self, job):
-        for ours, new in zip(self.job, job):
-            ours.copy_(new)
-
-    def send(self, j, *message):
-        with contextlib.suppress(OSError):  # dead: receive() will see the end of its pipe
-            self.pipe[j].send(message)
-
-    def cancel(self, j, t):
-        self.send(j, -t, 0.0)
-
-    def receive(self, seconds):
-        name = {pipe: j for j, pipe in self.pipe.items()}
-        for pipe in connection.wait([*name], seconds):
-            j = name[pipe]
-            try:
-                t, losses = pipe.recv()
-                yield j, (t, None if losses is None else (self.Y[j], losses))
-            except (EOFError, OSError):
-                yield j, None
-
     def close(self):
-        for j in self.process:
-            self.kill(j)
+        for process in self.process.values():
+            process.kill()
 
 
-def learner(pipe, flat, results, j, code, spec, agent_seconds):
+def learner(pipe, job, out, row, spec, agent_seconds):
     """A learner process: one job after another, until the controller hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the controller
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    job = job_views(torch.frombuffer(flat, dtype=torch.float32), spec)
-    out = torch.frombuffer(results, dtype=torch.float64).view(len(code.C), -1)[j]
-    cancelled = lambda seconds: pipe.poll(seconds) and bool(pipe.recv())  # nothing else comes in mid-job
+
+    def cancelled(seconds):
+        return pipe.poll(seconds) and bool(pipe.recv())  # nothing else comes in mid-job
+
     with contextlib.suppress(EOFError, OSError):
         pipe.send((0, None))  # ready
         while True:
             t, delay = pipe.recv()
             if t > 0:  # otherwise a cancel that came after the answer
-                answer = encode(code.C[j], job, spec, t, code.exact, cancelled, agent_seconds, delay)
+                answer = encode(row, job, spec, t, cancelled, agent_seconds, delay)
                 if answer:
                     out.copy_(answer[0])
                 pipe.send((t, answer and answer[1]))
 
 
-class RayPool(Pool):
-    """Actors on an existing Ray cluster. A lost actor is replaced by a new one; of Ray's own restarts and
-    cancellation nothing is used."""
-
-    def open(self):
-        try:
-            import ray
-        except ImportError:
-            fail("--engine ray needs the package ray, on this machine and on the cluster's")
-        address = self.args.ray_address
-        try:
-            if address != "auto":  # ray would try for a minute
-                host, port = address.removeprefix("ray://").rsplit(":", 1)
-                socket.create_connection((host, int(port)), timeout=5).close()
-            ray.init(address, log_to_driver=False, logging_level="CRITICAL")
-        except Exception as e:
-            fail(f"--ray-address {address}: no Ray cluster there ({' '.join(str(e).split())[:200]}); one is "
-                 "started by `ray start --head`, and nodes join it by `ray start --address host:port`")
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes need torch, not this file
-        self.ray, self.actors, self.pending = ray, {}, {}
-        options = dict(num_cpus=0.1, max_concurrency=2, scheduling_strategy="SPREAD")
-        self.Actor = ray.remote(**options)(RemoteLearner)
-
-    def start(self, j):
-        self.actors[j] = self.Actor.remote(j, self.code, self.spec, self.args.agent_seconds)
-        self.pending[self.actors[j].ready.remote()] = j
-
-    def kill(self, j):
-        self.pending = {ref: k for ref, k in self.pending.items() if k != j}
-        self.ray.kill(self.actors[j])
-
-    def publish(self, job):
-        self.flat = self.ray.put(torch.cat([z.flatten().cpu() for z in job]).numpy())
-
-    def send(self, j, t, delay):
-        self.pending[self.actors[j].work.remote(self.flat, t, delay)] = j
-
-    def cancel(self, j, t):
-        self.actors[j].cancel.remote(t)
-
-    def receive(self, seconds):
-        self.ray.wait([*self.pending], timeout=seconds)
-        done, _ = self.ray.wait([*self.pending], num_returns=len(self.pending), timeout=0)
-        for ref in done:
-            j = self.pending.pop(ref, None)
-            if j is None:
-                continue
-            try:
-                t, answer = self.ray.get(ref)
-                yield j, (t, answer and (torch.from_numpy(answer[0].copy()), answer[1]))
-            except self.ray.exceptions.RayError:
-                yield j, None
-
-    def close(self):
-        self.ray.shutdown()
-
-
-class RemoteLearner:
-    """The same learner as an actor with two threads, one of which listens for cancel."""
-
-    def __init__(self, j, code, spec, agent_seconds):
-        torch.set_num_threads(1)
-        self.row, self.exact, self.spec, self.agent_seconds = code.C[j], code.exact, spec, agent_seconds
-        self.last, self.news = 0, threading.Condition()
-
-    def ready(self):
-        return 0, None
-
-    def cancel(self, t):
-        with self.news:
-            self.last = t
-            self.news.notify()
-
-    def work(self, flat, t, delay):
-        def cancelled(seconds):
-            with self.news:
-                return self.news.wait_for(lambda: self.last >= t, seconds)
-
-        job = job_views(torch.from_numpy(flat.copy()), self.spec)
-        answer = encode(self.row, job, self.spec, t, self.exact, cancelled, self.agent_seconds, delay)
-        return t, answer and (answer[0].numpy(), answer[1])
-
-
 def make_engine(args, spec):
-    if args.num_learners == 0 or args.scheme == "centralized":
-        return Central(spec)
-    M = shape(spec).M
+    """Who computes X."""
+    N, M = args.num_learners, len(spec.obs)
+    if not N:
+        return Central(np.eye(M), spec, args)
     try:
-        code = make_code(args.scheme, args.num_learners, M, args.seed, args.code_p, args.ldpc)
-    except ValueError as e:
-        fail(e)
-    load = np.count_nonzero(code.C, axis=1)
+        C = make_code(args.scheme, N, M, args.seed % 2**64, args.code_p)
+    except ValueError as error:
+        fail(error)
+    load = np.count_nonzero(C, axis=1)
     if args.num_stragglers > np.count_nonzero(load):
         fail(f"--num-stragglers {args.num_stragglers}: only {np.count_nonzero(load)} learners have work")
-    try:
-        engine = {"inline": Inline, "local": LocalPool, "ray": RayPool}[args.engine](code, spec, args)
-    except Stopped as e:
-        fail(e, code=1)
-    few = load[load > 0].min()
-    print(f"{args.scheme}: {args.num_learners} learners, {few} to {load.max()} of {M} agents each, "
-          f"any {code.survives} may be lost; condition numbers up to {code.condition:.0e}", flush=True)
-    return engine
+    print(f"{args.scheme}: {N} learners, {load[load > 0].min()} to {load.max()} agents each", flush=True)
+    return Central(C, spec, args) if args.engine == "inline" else Learners(C, spec, args)
 
 
-def apply_update(nets, optimizer, X, args):
-    """What eqs. (10) and (11) change, in place; X (M, P_critic + P_actor)."""
-    optimizer["n"] += 1
-    change, optimizer["m"], optimizer["v"] = adam(X, optimizer["m"], optimizer["v"], optimizer["n"], args.lr)
-    split = nets["critic"].shape[1]
-    nets["critic"] += change[:, :split]
-    nets["theta"] += change[:, split:]
-    nets["target_theta"].lerp_(nets["theta"], args.tau)
-    nets["target_critic"].lerp_(nets["critic"], args.tau)
+@torch.no_grad()
+def apply_update(nets, spec, X, args):
+    """What eqs. (10) and (11) change, in place; X (M, P), row i is [g_q, g_p] of agent i, then zeros."""
+    nets["n"] += 1
+    sizes = [*zip(lengths(spec, "critic"), lengths(spec, "actor"))]
+    parts = [row[: sum(size)].split(size) for row, size in zip(X, sizes)]
+    for kind, gradients in zip(("critic", "actor"), zip(*parts)):
+        m, v = nets[f"m_{kind}"], nets[f"v_{kind}"]
+        change, m, v = adam(torch.cat(gradients), m, v, nets["n"].item(), args.lr)
+        nets |= {f"m_{kind}": m, f"v_{kind}": v}
+        nets[kind] += change
+        nets[f"target_{kind}"].lerp_(nets[kind], args.tau)
 
 
-def iterate(env, spec, nets, optimizer, replay, engine, args, iteration):
-    """The algorithm box, from the update to the next episodes: so nothing has been drawn or changed when the
-    engine gives up, and the state before it can be saved. Returns {tag: value}."""
-    logs = {}
-    if len(replay) >= args.learning_starts:
-        t = optimizer["n"] + 1
-        job = make_job(spec, nets, optimizer, replay.sample(args.seed, t, args.batch_size), t)
-        X, losses, info = engine.solve(t, job)
-        apply_update(nets, optimizer, X.to(args.device), args)
-        logs = info | {"losses/critic": losses[:, 0].mean(), "losses/actor": losses[:, 1].mean()}
-    episodes = rollout(env, spec, nets["theta"], (args.seed, iteration, PLAY))
-    replay.append(*episodes)
-    returns = episodes[2][..., :-1].sum(0).mean(0)  # (M,)
+def iterate(env, spec, nets, replay, engine, args, iteration, run=None):
+    """The updates that are due, then the next episodes: so nothing has been drawn or changed when the engine
+    gives up, and the state before it can be saved. Returns {tag: value}."""
+    logs, step = {}, (iteration - 1) * args.num_envs * args.horizon  # transitions so far
+    due = step // args.update_every - math.ceil(args.learning_starts / args.update_every) + 1
+    while step >= args.learning_starts and nets["n"] < due:
+        t = nets["n"].item() + 1
+        job = make_job(spec, nets, replay.sample(spec.args.seed, t, args.batch_size), t)
+        X, losses, logs = engine.solve(t, job, run)
+        apply_update(nets, spec, X.to(args.device), args)
+        logs |= {"losses/critic": losses[:, 0].mean(), "losses/actor": losses[:, 1].mean()}
+
+    # the next episodes
+    episodes = rollout(env, spec, nets["actor"], (spec.args.seed, iteration, PLAY))
+    replay.append(episodes)
+    returns = returns_of(spec, episodes).mean(0)  # (M,)
     logs |= {f"charts/episodic_return/agent_{i}": r for i, r in enumerate(returns.tolist())}
     return logs | {"charts/episodic_return": returns.sum()}  # over agents, as the original's
 
 
+def returns_of(spec, episodes):
+    """(B, M)"""
+    return episodes[..., -1 - len(spec.obs) : -1].sum(1)
+
+
 # ================================================================ 6. Evaluation
-# As in the original: actions are sampled as in training. Own worlds and own random streams: how often one
-# evaluates does not change what is learned. The control is a net that is all zeros: the random policy.
-def evaluate(args, spec, theta):
-    """{row: returns (episodes, M)}, and {row: {measure: mean}} of what the worlds count (`count`)."""
-    results, counts = {}, {}
-    for name, policy in ("eval", theta), ("eval/random", torch.zeros_like(theta)):
+# As in the original: actions are sampled as in training. Own envs and own random streams: how often one
+# evaluates does not change what is learned. A net that is all zeros is the random policy. A sum over
+# opponents measures nothing: there the sides stand apart, and each also plays a random other side.
+def evaluate(args, spec, actor):
+    """{tag: value}: returns of learned and random policies, and what the env measures at an episode's end."""
+    env, flat = make_env(args, args.eval_episodes), {}
+    K = getattr(env, "num_adversaries", 0) or 0
+    adversaries = torch.arange(len(actor), device=actor.device) < sum(lengths(spec, "actor")[:K])
+    policies = {"eval": actor, "eval/random": 0 * actor}
+    if K:
+        policies |= {"eval/random_good": actor * adversaries, "eval/random_adversaries": actor * ~adversaries}
+    for name, policy in policies.items():
         with torch.random.fork_rng():
-            torch.manual_seed(args.seed + 10_000)
-            env, seen = make_env(args, args.eval_episodes), []
-            watch = lambda env, seen=seen: seen.append(count(env))
-            end = rollout(env, spec, policy, (args.seed, 0, EVAL), watch)[2]
-        results[name] = end[..., :-1].sum(0)
-        counts[name] = {k: float(np.mean([c[k] for c in seen])) for k in seen[0]}
-    return results, counts
-
-
-def count(env):
-    """The original's benchmark measures, where the world has them: means over the worlds, at one step."""
-    if not hasattr(env, "touch"):
-        return {}
-    N, K, pos, out = env.num_agents, env.num_adversaries, env.state()["pos"], {}
-    gap = np.linalg.norm(pos[:, :, None] - pos[:, None, :N], axis=-1)  # (B, N + L, N)
-    if len(env.touch):  # agents collide
-        hits = np.triu(gap[:, :N] < env.touch[:N], 1)
-        out["collisions"] = hits.sum((1, 2)).mean()
-        out |= {"caught": hits[:, :K, K:].sum((1, 2)).mean()} if K else {}
-    if env.name == "simple_spread":
-        nearest = gap[:, N:].min(2)
-        out |= {"landmark_distance": nearest.mean(), "occupied_landmarks": (nearest < 0.1).sum(1).mean()}
-    elif env.name in ("simple_adversary", "simple_push"):
-        to_goal = gap[np.arange(len(gap)), N + env.goal[0]]  # (B, N)
-        out |= {"goal_distance_adversary": to_goal[:, :K].min(1).mean()}
-        out |= {"goal_distance_good": to_goal[:, K:].min(1).mean()}
-    return out
-
-
-def interval(x):
-    """Half width of the 95 % interval of the mean over dimension 0."""
-    return 1.96 * x.std(0, correction=min(1, len(x) - 1)) / math.sqrt(len(x))
-
-
-def summary(evaluation):
-    """{tag: value} of an evaluation."""
-    flat = {}
-    for name, returns in evaluation[0].items():
-        total = returns.sum(1)
-        flat |= {f"{name}/return": total.mean().item(), f"{name}/return_ci95": interval(total).item()}
-        flat |= {f"{name}/return/agent_{i}": r for i, r in enumerate(returns.mean(0).tolist())}
-        flat |= {f"{name}/{k}": v for k, v in evaluation[1][name].items()}
+            torch.manual_seed(args.seed % 2**32 + 10_000)
+            returns = returns_of(spec, rollout(env, spec, policy, (spec.args.seed, 0, EVAL)))
+        values = {"return": returns.sum(1)}
+        if K:
+            values |= {"adversaries": returns[:, :K].sum(1), "good": returns[:, K:].sum(1)}
+        values |= {f"return/agent_{i}": r for i, r in enumerate(returns.T)}
+        values |= env.measures() if hasattr(env, "measures") else {}
+        for tag, value in values.items():
+            ci95 = 1.96 * value.std(correction=min(1, len(value) - 1)).item() / math.sqrt(len(value))
+            flat |= {f"{name}/{tag}": value.mean().item(), f"{name}/{tag}_ci95": ci95}
     return flat
 
 
-def table(evaluation, args):
-    """Returns of the policy and of a random one, summed over agents and for each."""
-    row = lambda name, values: f"{name:14s}" + "".join(f"{v:>11s}" for v in values)
-    number = lambda values: [f"{v:.2f}" for v in values]
-    M = evaluation[0]["eval"].shape[1]
-    lines = [f"{args.env}: return of an episode, mean of {args.eval_episodes}, ± 95 % interval",
-             row("", ["all agents", *(f"agent {i}" for i in range(M))])]
-    for name, label in ("eval", "learned"), ("eval/random", "random"):
-        both = torch.cat([evaluation[0][name].sum(1, keepdim=True), evaluation[0][name]], 1)
-        lines += [row(label, number(both.mean(0).tolist())), row("  ±", number(interval(both).tolist()))]
-        lines += [f"  {k.replace('_', ' ')} {v:.3f}" for k, v in evaluation[1][name].items()]
-    return "\n".join(lines)
+def report(args, flat, folder, step):
+    """Print what evaluate() found, a column a policy, and write eval.json. No sum over opponents."""
+    policies = [tag.removesuffix("/return") for tag in flat if tag.endswith("/return")]
+    names = ["learned", *(policy[5:].replace("_", " ") for policy in policies[1:])]
+    print(f"{args.env}: mean of {args.eval_episodes} episodes, ± 95 % interval")
+    print(" " * 20 + "".join(f"{name:>22s}" for name in names))
+    for path in flat:
+        tag = path.removeprefix("eval/random/")
+        if tag == path or tag.endswith("_ci95") or (tag == "return" and len(policies) > 2):
+            continue
+        line = f"{tag.replace('_', ' '):20s}"
+        for policy in policies:
+            cell = f"{flat[f'{policy}/{tag}']:.2f} ± {flat[f'{policy}/{tag}_ci95']:.2f}"
+            line += f"{cell:>22s}"
+        print(line)
+    write_eval(folder, flat | {"global_step": step, "seed": args.seed})
 
 
-def capture(args, spec, theta, folder, episodes=4):
-    """--capture-video: a GIF of some episodes, a tenth of a second a step."""
-    from PIL import Image
-
-    frames = []
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed + 10_000)
-        env = make_env(args, 1)
-        for k in range(episodes):
-            rollout(env, spec, theta, (args.seed, 1 + k, EVAL), lambda env: frames.append(env.render()))
-    pictures = [Image.fromarray(frame).quantize(64) for frame in frames]
-    pictures[0].save(folder / "play.gif", save_all=True, append_images=pictures[1:], duration=100, loop=0)
-    return folder / "play.gif"
-
-
-# ================================================================ 7. Logging and checkpoints
-# The same text in all six scripts. A run folder holds args.json, metrics.csv, TensorBoard events,
-# checkpoint.pt and eval.json. Under torchrun every process computes and only the first one (RANK 0) writes.
-SCRIPT = Path(__file__).stem
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def fail(message, code=2):
-    """One line on stderr, then the end. Code 2: bad input; 1: the run itself went wrong."""
-    if RANK == 0:
-        print(f"{SCRIPT}: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def cli(args_class, doc):
-    """The command line as Args. --resume and --evaluate start from the arguments stored in the checkpoint."""
-
-    def parse(default=None):
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                return tyro.cli(args_class, description=doc, default=default)
-        except SystemExit as e:
-            if not e.code:  # --help
-                raise
-            fail(re.sub(r"╭.*|[^ -~]|-{5,}", " ", errors.getvalue()))  # the text in tyro's box, as one line
-
-    args = parse()
-    if path := args.resume or args.evaluate:
-        stored = load(path)["args"] | {"run_dir": str(Path(path).parent)}
-        try:
-            args = parse(args_class(**stored))
-        except TypeError:
-            fail(f"{path} was written by another version of {SCRIPT}.py")
-    return args
-
-
-def set_up(args):
-    """Seeds, threads and, under torchrun, the process group."""
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads)
-    try:
-        torch.zeros(1, device=args.device)
-    except Exception as e:
-        fail(f"--device {args.device} cannot be used here: {str(e).splitlines()[0]}")
-    if WORLD > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-
-
-def gather(x):
-    """(n, ...) of each process -> (n * WORLD, ...) of all, in order of rank, the same everywhere."""
-    if WORLD == 1:
-        return x
-    x_cpu = x.detach().cpu().contiguous()
-    parts = [torch.empty_like(x_cpu) for _ in range(WORLD)]
-    torch.distributed.all_gather(parts, x_cpu)
-    return torch.cat(parts).to(x.device)
-
-
-def save(path, state, args):
-    """Write a checkpoint with all random states. A kill or a full disk in mid-write leaves the old one."""
-    if RANK:
-        return
-    name, keys, *position = np.random.get_state()
-    rng = {"python": random.getstate(), "numpy": (name, keys.tolist(), *position),
-           "torch": torch.get_rng_state(),
-           "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    temporary = Path(f"{path}.tmp")
-    try:
-        torch.save({**state, "script": SCRIPT, "args": asdict(args), "rng": rng}, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({str(e).splitlines()[0]}); the checkpoint before it is untouched")
+# ================================================================ 7. Runs
+# The same text in all six scripts. Everything random comes from torch's generators, so their state is all
+# that a bit-exact --resume needs beside the script's own tensors.
+VERSION = 2  # of the checkpoints
 
 
 def load(path):
-    """A checkpoint of this script as a dict on the CPU; set_rng(state) restores its random states."""
+    """A checkpoint of this script, on the CPU. `path` may be the folder that holds it."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-    except FileNotFoundError:
-        fail(f"{path}: no such checkpoint")
-    except Exception as e:
-        fail(f"{path} is not a readable checkpoint ({type(e).__name__})")
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
-        fail(f"{path} is not a checkpoint of {SCRIPT}.py")
-    return state
+        writer = f"{state['script']}.py, version {state.get('version', 1)}"
+        odd = {field.name for field in fields(Args)} ^ set(state["args"])
+    except Exception as error:
+        fail(f"{path} is not a checkpoint of this script: {type(error).__name__}: {error}")
+    if odd or writer != f"{SCRIPT}.py, version {VERSION}":
+        fail(f"{path} is of {writer}, this is {SCRIPT}.py, version {VERSION}; only one has: {odd or 'none'}")
+    return state | {"folder": path.parent}
 
 
-def set_rng(state):
-    rng = state["rng"]
-    random.setstate((rng["python"][0], tuple(rng["python"][1]), rng["python"][2]))
-    np.random.set_state(rng["numpy"])
-    torch.set_rng_state(rng["torch"])
-    if rng["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(rng["cuda"])
+def write_eval(folder, values):
+    """Write eval.json. A read-only folder costs a warning, not the evaluation."""
+    try:
+        Path(folder, "eval.json").write_text(json.dumps(values, indent=1))
+    except OSError as error:
+        print(f"{SCRIPT}: no eval.json: {error}", file=sys.stderr)
 
 
-class Log:
-    """metrics.csv (step, tag, value), the same scalars in TensorBoard, a progress line, Ctrl-C as a flag."""
+class Run:
+    """A run folder: args.json, metrics.csv, TensorBoard events, checkpoint.pt. `state` is the checkpoint to
+    continue, or None. Ctrl-C sets `interrupted`; the training loop then saves and ends."""
 
-    def __init__(self, args, step=0):
-        self.start, self.first, self.interrupted, self.wandb = time.time(), step, False, None
-        self.dir = Path(args.run_dir or f"runs/{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(number, self.interrupt)
-        if RANK:
-            return
-        file, kept = self.dir / "metrics.csv", []
-        if file.exists() and not args.resume:
-            fail(f"{self.dir} already holds a run; choose another --run-dir, or --resume its checkpoint.pt")
+    def __init__(self, args, state=None):
+        self.args, self.interrupted, self.start, self.shown = args, False, time.time(), 0
+        self.first_step, self.wandb_id = (state["step"], state["wandb_id"]) if state else (0, None)
+        if self.first_step >= args.total_steps:
+            fail(f"this run ended at step {self.first_step:,}: --evaluate it, or give a larger --total-steps")
+        name = args.run_dir or f"runs/{args.env}__{SCRIPT}__{args.seed}__{int(self.start)}"
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            if file.exists():  # drop what was logged after the checkpoint that we go on from
-                rows = [line.split(",") for line in file.read_text().splitlines()]
-                kept = [r for r in rows if len(r) == 3 and r[0].isdigit() and int(r[0]) <= step]
-            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-            self.file = file.open("w", newline="")
-            self.csv = csv.writer(self.file, lineterminator="\n")
-            self.csv.writerows([["step", "tag", "value"], *kept])
-            self.file.flush()
-        except OSError as e:
-            fail(f"cannot write in {self.dir}: {e.strerror}")
-        from torch.utils.tensorboard import SummaryWriter
+            if args.track:  # mirrors TensorBoard; a resumed run stays the same run there
+                import wandb
+                self.wandb_id = wandb.init(project=SCRIPT, name=name, config=vars(args), id=self.wandb_id,
+                                           resume="allow", sync_tensorboard=True).id
+            for n in itertools.count(1):  # a folder of its own, however many runs start in the same second
+                self.dir = state["folder"] if state else Path(name + f"-{n}" * (n > 1))
+                self.dir.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(*() if state or args.run_dir else (FileExistsError,)):
+                    self.csv = open(self.dir / "metrics.csv", "a" if state else "x")
+                    break
+            (self.dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+        except Exception as error:
+            fail(f"cannot begin: {type(error).__name__}: {error}")
+        self.generators = [torch.default_generator, *torch.cuda.default_generators]  # the latter if in use
+        for generator, rng in zip(self.generators, state["rng"] if state else []):
+            generator.set_state(rng)
+        self.csv.truncate(min(state["csv_size"], self.csv.tell()) if state else 0)  # drop later rows
+        self.csv.write("" if state else "step,tag,value\n")
+        self.board = SummaryWriter(self.dir, purge_step=self.first_step + 1)
+        numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        print(f"{SCRIPT}: {args.env}, seed {args.seed}, {args.total_steps:,} steps -> {self.dir}", flush=True)
 
-        self.board = SummaryWriter(str(self.dir), purge_step=step + 1 if args.resume else None)
-        if args.track:
-            import wandb
-
-            self.wandb = wandb.init(project=SCRIPT, name=self.dir.name, config=asdict(args), dir=self.dir)
-        quiet = not sys.stderr.isatty()
-        self.bar = tqdm(total=args.total_steps, initial=step, unit="step", unit_scale=True, disable=quiet)
-
-    def interrupt(self, number, frame):
-        if self.interrupted:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+    def on_signal(self, number, frame):
         self.interrupted = True
-        if RANK == 0:
-            print(f"\n{SCRIPT}: saving after this iteration; Ctrl-C again to stop at once", file=sys.stderr)
+        signal.signal(number, signal.default_int_handler)  # the second Ctrl-C does not wait
+        print(f"{SCRIPT}: saving after this iteration; Ctrl-C again to stop at once", file=sys.stderr)
 
-    def stop(self):
-        """Whether a Ctrl-C or SIGTERM has reached any of the processes."""
-        return bool(gather(torch.tensor([float(self.interrupted)])).any())
+    def log(self, values, step, text, milestone):
+        """Log {tag: number}; print `text` at milestones, else every ten seconds. A loss or a gradient that is
+        not finite ends the run before it reaches a checkpoint; a measure may be undefined."""
+        speed = (step - self.first_step) / (time.time() - self.start)
+        for tag, value in {**values, "charts/SPS": speed}.items():
+            if tag.startswith(("losses/", "grad/")) and not math.isfinite(value):
+                fail(f"{tag} is not finite at step {step:,}; {self.dir}/checkpoint.pt is good", code=1)
+            self.csv.write(f"{step},{tag},{value:.6g}\n")
+            self.board.add_scalar(tag, value, step)
+        self.csv.flush()
+        if milestone or time.time() > self.shown + 10:
+            self.shown = time.time()
+            print(f"step {step:>12,}  {text}  {speed:,.0f} steps/s", flush=True)
 
-    def scalars(self, values, step):
-        """Log {tag: number} at `step`. A value that is not finite ends the run, before any checkpoint."""
-        values = {tag: float(v) for tag, v in values.items()}
-        if bad := [tag for tag, v in values.items() if not math.isfinite(v)]:
-            fail(f"{bad[0]} is not finite at step {step}; the last checkpoint in {self.dir} is good", code=1)
-        if RANK:
-            return
-        try:
-            self.csv.writerows([[step, tag, f"{v:.6g}"] for tag, v in values.items()])
-            self.file.flush()
-        except OSError as e:
-            fail(f"cannot write {self.dir}/metrics.csv: {e.strerror}")
-        for tag, v in values.items():
-            self.board.add_scalar(tag, v, step)
-        if self.wandb:
-            self.wandb.log(values, step=step)
+    def save(self, step, **state):
+        """Write checkpoint.pt. The old one stays until the new one is complete."""
+        state |= dict(script=SCRIPT, version=VERSION, args=vars(self.args), step=step, wandb_id=self.wandb_id,
+                      csv_size=self.csv.tell(), rng=[g.get_state() for g in self.generators])
+        with open(self.dir / "checkpoint.tmp", "wb") as file:
+            torch.save(state, file)
+        (self.dir / "checkpoint.tmp").replace(self.dir / "checkpoint.pt")
 
-    def sps(self, step):
-        """Training transitions per second since the start or the resume."""
-        return (step - self.first) / max(time.time() - self.start, 1e-9)
+    def __enter__(self):
+        return self
 
-    def progress(self, step, text, milestone):
-        """One line that moves on a terminal; elsewhere one plain line for each milestone."""
-        if RANK == 0:
-            self.bar.set_description_str(text)
-            self.bar.update(step - self.bar.n)
-            if milestone and self.bar.disable:
-                print(f"step {step:>12,d}  {text}  {self.sps(step):,.0f} steps/s", flush=True)
-
-    def close(self):
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if RANK == 0:
-            self.bar.close(), self.board.close(), self.file.close()
-            if self.wandb:
-                self.wandb.finish()
-        if WORLD > 1:  # leave together: rank 0 may still evaluate
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-
-
-def write_eval(folder, values, step, seed):
-    """eval.json: the last evaluation as one flat object."""
-    if RANK == 0:
-        try:
-            values = {**values, "global_step": step, "seed": seed}
-            (Path(folder) / "eval.json").write_text(json.dumps(values, indent=1))
-        except OSError as e:
-            fail(f"cannot write {folder}/eval.json: {e.strerror}")
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(OSError):
+            self.board.close(), self.csv.close()
+        if isinstance(error, OSError):
+            fail(f"cannot write to {self.dir}, whose last checkpoint.pt is good: {error}", code=1)
 
 
 # ================================================================ 8. Train
-def build(args, env):
-    """What an update needs, the networks, and Adam's state [g_q, g_p] in the order of X."""
-    spec = make_spec(args, env)
-    nets = {k: v.to(args.device) for k, v in make_nets(spec).items()}
-    zeros = torch.zeros(shape(spec).M, shape(spec).P_critic + shape(spec).P_actor, device=args.device)
-    return spec, nets, {"n": 0, "m": zeros, "v": zeros.clone()}
-
-
-def named(spec, nets):
-    """{"theta": {name: (M, ...)}, "critic": ..., and the targets}, views."""
-    s = shape(spec)
-    return {k: unflatten(v, s.actor if "theta" in k else s.critic) for k, v in nets.items()}
-
-
-def restore(path, args, spec, nets, optimizer=None, replay=None):
-    """Put a checkpoint's tensors in place; returns the checkpoint."""
-    state = load(path)
-    try:
-        for group, p in named(spec, nets).items():
-            for k in p:
-                p[k].copy_(state["params"][group][k])
-        if optimizer:
-            adam = state["optimizers"]["adam"]
-            optimizer |= {"n": adam["n"], "m": adam["m"].to(args.device), "v": adam["v"].to(args.device)}
-            replay.load_state_dict(state["replay"])
-    except (KeyError, RuntimeError):
-        was = state["args"]
-        M = len(state["params"]["theta"]["b1"])
-        fail(f"{path} holds {M} agents of {was['env']} with {was['num_units']} units and --replay-size "
-             f"{was['replay_size']}, not {shape(spec).M} of {args.env} with {args.num_units} and "
-             f"{args.replay_size}")
-    return state
-
-
-def evaluate_checkpoint(args):
-    """--evaluate: the table of a finished run, and its eval.json."""
-    spec, nets, _ = build(args, make_env(args, 1))
-    state, folder = restore(args.evaluate, args, spec, nets), Path(args.evaluate).parent
-    evaluation = evaluate(args, spec, nets["theta"])
-    print(table(evaluation, args))
-    write_eval(folder, summary(evaluation), state["global_step"], args.seed)
-    if args.capture_video:
-        print(capture(args, spec, nets["theta"], folder))
-    return named(spec, nets)
+def film(args, spec, actor, folder):
+    """play.gif: three episodes side by side."""
+    camera = envs.Camera(make_env(args, 1))
+    for k in range(3):
+        rollout(camera, spec, actor, (spec.args.seed, 1 + k, EVAL))
+    print(camera.save(folder / "play.gif", {f"episode {k + 1}": k for k in range(3)}, skip=1))
 
 
 def train(args):
-    set_up(resolve(args))
+    check(args)
+    torch.manual_seed(args.seed % 2**64)
+    torch.set_num_threads(args.num_threads)
+    env, state = make_env(args, args.num_envs), None
+    playable(args, env)
+    spec = make_spec(args, env)
+    nets, replay, iteration, step = make_nets(spec, args.device), Replay(args, spec), 0, 0
+
+    # continue, or evaluate
+    if path := args.resume or args.evaluate:
+        state = load(path)
+        for name in nets:
+            nets[name].copy_(state["nets"][name])
+        iteration, step = state["iteration"], state["step"]
+        replay.rows[: len(state["rows"])] = state["rows"]
+        replay.stored = iteration * args.num_envs
     if args.evaluate:
-        return evaluate_checkpoint(args)
-    env = make_env(args, args.num_envs)
-    spec, nets, optimizer = build(args, env)
-    s, iteration, global_step = shape(spec), 0, 0
-    replay = Replay(args.replay_size, env.horizon, s.M * s.O, s.M, s.M * s.A, args.device)
-    state = restore(args.resume, args, spec, nets, optimizer, replay) if args.resume else None
-    engine = make_engine(args, spec)
-    if state:
-        iteration, global_step = state["iteration"], state["global_step"]
-        set_rng(state)
-    log, stop, done, why = Log(args, global_step), False, global_step >= args.total_steps, None
-    engine.interrupted = lambda: log.interrupted
+        report(args, evaluate(args, spec, nets["actor"]), state["folder"], step)
+        return film(args, spec, nets["actor"], state["folder"]) if args.capture_video else None
 
-    with contextlib.closing(engine):
-        while not stop and not done:
+    # train
+    with contextlib.closing(make_engine(args, spec)) as engine, Run(args, state) as run:
+        done, why = False, None
+        while not (done or why or run.interrupted):
+            # an iteration; if the engine gives up, what was before it is saved
             try:
-                logs = iterate(env, spec, nets, optimizer, replay, engine, args, iteration + 1)
-            except Stopped as e:  # nothing has changed since the last iteration, so that is what is saved
-                logs, stop, why = {}, True, str(e)
-            else:
+                logs = iterate(env, spec, nets, replay, engine, args, iteration + 1, run)
                 iteration += 1
-                global_step += env.num_envs * env.horizon
-                logs["charts/SPS"] = log.sps(global_step)
-                stop, done = log.stop(), global_step >= args.total_steps
-            milestone = done or not stop and args.eval_every and iteration % args.eval_every == 0
+                step += args.num_envs * args.horizon
+                done = step >= args.total_steps
+            except Stopped as error:
+                why, logs = error, {}
+            # evaluate, log, save
+            milestone = bool(done or logs and args.eval_every and iteration % args.eval_every == 0)
             if milestone:
-                evaluation = evaluate(args, spec, nets["theta"])
-                logs |= summary(evaluation)
+                results = evaluate(args, spec, nets["actor"])
+                logs |= results
             if logs:
-                log.scalars(logs, global_step)
-                text = f"return {logs['charts/episodic_return']:.2f}"
-                text += f", evaluated {logs['eval/return']:.2f}" if milestone else ""
-                log.progress(global_step, text, milestone)
-            if stop or done or iteration % args.save_every == 0:
-                save(log.dir / "checkpoint.pt", dict(
-                    params=named(spec, nets), optimizers={"adam": optimizer}, replay=replay.state_dict(),
-                    iteration=iteration, global_step=global_step), args)
-    if done:
-        write_eval(log.dir, summary(evaluation), global_step, args.seed)
-        print(f"{table(evaluation, args)}\n{log.dir}: {global_step} steps")
-    log.close()
-    if why:
-        fail(f"{why}. All before it is in {log.dir}/checkpoint.pt: go on with --resume", code=1)
-    return named(spec, nets)
+                run.log(logs, step, f"return {logs['charts/episodic_return']:.2f}", milestone)
+            if done or why or run.interrupted or iteration % args.save_every == 0:
+                run.save(step, nets=nets, rows=replay.rows[: replay.stored].clone(), iteration=iteration)
+        if done:
+            report(args, results, run.dir, step)
+        if why and not run.interrupted:
+            fail(f"{why}. All before it is in {run.dir}/checkpoint.pt: go on with --resume", code=1)
 
 
-if __name__ == "__main__":
-    train(cli(Args, __doc__))
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
+    train(parse())

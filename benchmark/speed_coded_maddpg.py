@@ -1,6 +1,6 @@
 """
 How fast coded_maddpg.py and its particle worlds are: simple_spread beside mpe2, and training, updates
-included, beside naive_coded_maddpg.py and the arithmetic's floor. Used by speed.py.
+included, beside tests/oracles/coded_maddpg.py and the arithmetic's floor. Used by speed.py.
 """
 
 import numpy as np
@@ -63,29 +63,31 @@ def measure_world(case):
 
 def measure_training(case):
     """Iterations of 4 episodes and one update of all agents, the replay filled."""
+    import torch
+
     import coded_maddpg as m
 
-    args = m.resolve(m.Args(env="simple_spread", num_agents=case["agents"], num_threads=case["threads"]))
-    m.set_up(args)
+    args = m.Args(env="simple_spread", num_agents=case["agents"], num_threads=case["threads"])
+    torch.set_num_threads(args.num_threads)
     env = m.make_env(args, args.num_envs)
-    spec, nets, optimizer = m.build(args, env)
-    s = m.shape(spec)
-    replay = m.Replay(args.replay_size, env.horizon, s.M * s.O, s.M, s.M * s.A, args.device)
-    engine, t = m.make_engine(args, spec), 0
+    spec = m.make_spec(args, env)
+    nets, replay, t = m.make_nets(spec, args.device), m.Replay(args, spec), 0
+    engine, played = m.make_engine(args, spec), args.num_envs * args.horizon
 
     def iterations(n):
         nonlocal t
         for _ in range(n):
             t += 1
-            m.iterate(env, spec, nets, optimizer, replay, engine, args, t)
+            m.iterate(env, spec, nets, replay, engine, args, t)
 
-    iterations(args.learning_starts // 100)
-    return timed(lambda: iterations(case["steps"] // 100), 3)
+    iterations(args.learning_starts // played)
+    return timed(lambda: iterations(case["steps"] // played), 3)
 
 
 def measure_naive(case):
-    import naive_coded_maddpg as naive
     import torch
+
+    from tests.oracles import coded_maddpg as naive
 
     torch.set_num_threads(case["threads"])
     twin = naive.Maddpg(case["agents"])

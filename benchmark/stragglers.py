@@ -12,14 +12,14 @@ paper    seconds per 5 iterations: eq. (13), mean of 400 draws of the stragglers
          world and M. Bars with a * are copies of another world's in the authors' script.
 formula  seconds per iteration for c = 20 ms, t_s = 250 ms.
 process  the same, measured with processes that sleep out their 20 ms, so that they stand for 15 nodes and not
-         for the cores of this machine. And the median overhead of the engine, with learners that compute
-         nothing and return 1 MiB each: publish, send, receive, decode.
+         for the cores of this machine.
 """
 
 import argparse
 import datetime
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -61,14 +61,18 @@ def mean_time(C, k, work, delay):
     return float(np.mean([c.arrivals(C, c.slow_ones(C, 1, t, k), work, delay)[1] for t in range(DRAWS)]))
 
 
+def matrix(scheme, M):
+    return c.make_code(scheme, N, M, seed=30)
+
+
 def paper_rows():
     for (world, delay, ks), by_agents in BARS.items():
         for M, bars in by_agents.items():
             work = (bars[4] - bars[1]) / (5 * (M - 1))  # of one agent
             fixed = bars[1] - 5 * work
             yield "paper", world, M, "centralized", 0, fixed + 5 * M * work, bars[0]
-            for s, scheme in enumerate(SCHEMES):  # the paper's mds is dense; our rounding makes some zeros
-                C = c.chebyshev(N, M) if scheme == "mds" else c.make_code(scheme, N, M, seed=30).C
+            for s, scheme in enumerate(SCHEMES):
+                C = matrix(scheme, M)
                 for a, k in enumerate(ks):
                     bar = bars[1 + 3 * s + a]
                     yield ("paper", world, M, scheme, k, fixed + 5 * mean_time(C, k, work, delay),
@@ -78,60 +82,31 @@ def paper_rows():
 def formula_rows():
     for M in (8, 10):
         for scheme in [*SCHEMES, "sparse-mds"]:
-            C = c.make_code(scheme, N, M, seed=30).C
+            C = matrix(scheme, M)
             for k in range(9):
                 yield "formula", "any", M, scheme, k, mean_time(C, k, WORK, DELAY), ""
 
 
-def pool_of(scheme, M, **options):
-    """A running pool and a job for it; the nets are small, and time is what the learners sleep."""
-    options = dict(num_units=8, batch_size=8, agent_seconds=WORK, straggler_delay=DELAY) | options
-    args = c.resolve(c.Args(num_agents=M, num_learners=N, scheme=scheme, seed=30, **options))
+def measure(scheme, M, k, updates):
+    """Seconds of each of so many updates; the nets are small, and time is what the learners sleep."""
+    args = c.Args(num_agents=M, num_learners=N, scheme=scheme, num_stragglers=k, seed=30, num_units=8,
+                  batch_size=8, agent_seconds=WORK, straggler_delay=DELAY, replay_size=1000)
     torch.set_num_threads(1)
-    spec, *_ = c.build(args, c.make_env(args, 1))
-    job = c.Job(*(torch.rand(shape) for shape in c.job_shapes(spec)))
-    return c.make_engine(args, spec), job
-
-
-def measure(scheme, M, k, updates, **options):
-    """Seconds of each of so many updates."""
-    pool, job = pool_of(scheme, M, num_stragglers=k, **options)
-    times = []
+    env = c.make_env(args, args.num_envs)
+    spec = c.make_spec(args, env)
+    nets, replay = c.make_nets(spec, "cpu"), c.Replay(args, spec)
+    replay.append(c.rollout(env, spec, nets["actor"], (1, 1, c.PLAY)))
+    engine, times = c.make_engine(args, spec), []
     for t in range(1, updates + 3):
+        job = c.make_job(spec, nets, replay.sample(1, t, args.batch_size), t)
         begin = time.perf_counter()
-        pool.solve(t, job)
+        engine.solve(t, job, SimpleNamespace(interrupted=False))
         times.append(time.perf_counter() - begin)
-    pool.close()
-    return times[2:]
-
-
-def echo(pipe, flat, results, j, code, spec, agent_seconds):
-    """A learner that computes nothing: its answer is ready before the job comes."""
-    torch.set_num_threads(1)
-    s, unit = c.shape(spec), c.grid(spec.clip)[0]
-    size, key = (s.M, s.P_critic + s.P_actor), torch.Generator().manual_seed(0)
-    X = torch.randint(-(2**30), 2**30, size, generator=key).float().double() * unit
-    y = torch.from_numpy(code.C[j]) @ X
-    out = torch.frombuffer(results, dtype=torch.float64).view(len(code.C), -1)[j]
-    pipe.send((0, None))
-    while True:
-        t, _ = pipe.recv()
-        if t > 0:
-            out.copy_(y)
-            pipe.send((t, {i: (0.0, 0.0) for i in range(s.M) if code.C[j, i]}))
-
-
-def overhead(updates=60):
-    """Seconds of updates whose learners compute nothing and return 1 MiB each (160 units, M = 8)."""
-    real, c.learner = c.learner, echo
-    try:
-        return measure("sparse-mds", 8, 0, updates, num_units=160)
-    finally:
-        c.learner = real
+    engine.close()
+    return times[2:]  # learners have started
 
 
 def process_rows(updates):
-    yield "process", "overhead, 1 MiB", 8, "sparse-mds", 0, float(np.median(overhead())), ""
     for scheme in [*SCHEMES, "sparse-mds"]:
         for k in (0, 2, 4, 7):
             yield "process", "any", 8, scheme, k, float(np.mean(measure(scheme, 8, k, updates))), ""

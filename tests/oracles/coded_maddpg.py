@@ -51,17 +51,21 @@ class Maddpg:
             with torch.no_grad():
                 a_next = [gumbel_softmax(target(o)) for target, o in zip(self.targets, following)]
                 y = reward[i] + gamma * self.target_critics[i](torch.cat([*following, *a_next], 1))
-            loss = (self.critics[i](torch.cat([*obs, *act], 1)) - y).square().mean()
-            self.step(self.adam[1][i], self.critics[i], loss)
-            logits, own = self.actors[i](obs[i]), list(act)
-            own[i] = gumbel_softmax(logits)
-            loss = -self.critics[i](torch.cat([*obs, *own], 1)).mean() + 1e-3 * logits.square().mean()
-            self.step(self.adam[0][i], self.actors[i], loss)
+            self.update_agent(i, obs, act, y)
         with torch.no_grad():
             for nets, targets in (self.actors, self.targets), (self.critics, self.target_critics):
                 for net, target in zip(nets, targets):
                     for p, q in zip(net.parameters(), target.parameters()):
                         q.lerp_(p, tau)
+
+    def update_agent(self, i, obs, act, y, softmax=gumbel_softmax):
+        """A step of agent i's critic, then of its actor. obs, act: lists over agents; y (B, 1)."""
+        loss = (self.critics[i](torch.cat([*obs, *act], 1)) - y).square().mean()
+        self.step(self.adam[1][i], self.critics[i], loss)
+        logits, own = self.actors[i](obs[i]), list(act)
+        own[i] = softmax(logits)
+        loss = -self.critics[i](torch.cat([*obs, *own], 1)).mean() + 1e-3 * logits.square().mean()
+        self.step(self.adam[0][i], self.actors[i], loss)
 
     @staticmethod
     def step(adam, net, loss):
