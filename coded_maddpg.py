@@ -89,9 +89,11 @@ def within(kind, low, high=math.inf):
             raise ValueError(f"must be in [{low}, {high}], not {value}")
         return value
 
+    is_number = lambda x: isinstance(x, (int, float))
+    as_words = lambda x: [str(x)]
     return Annotated[kind, PrimitiveConstructorSpec(
         nargs=1, metavar=f"{kind.__name__.upper()} {low}..{high}", instance_from_str=read,
-        is_instance=lambda x: isinstance(x, (int, float)), str_from_instance=lambda x: [str(x)])]
+        is_instance=is_number, str_from_instance=as_words)]
 
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
@@ -801,6 +803,14 @@ def report(args, flat, folder, step):
     write_eval(folder, flat | {"global_step": step, "seed": args.seed})
 
 
+def film(args, spec, actor, folder):
+    """play.gif: three episodes side by side."""
+    camera = envs.Camera(make_env(args, 1))
+    for k in range(3):
+        rollout(camera, spec, actor, (spec.args.seed, 1 + k, EVAL))
+    print(camera.save(folder / "play.gif", {f"episode {k + 1}": k for k in range(3)}, skip=1))
+
+
 # ================================================================ 7. Runs
 # The same text in all six scripts. Everything random comes from torch's generators, so their state is all
 # that a bit-exact --resume needs beside the script's own tensors.
@@ -903,14 +913,6 @@ class Run:
 
 
 # ================================================================ 8. Train
-def film(args, spec, actor, folder):
-    """play.gif: three episodes side by side."""
-    camera = envs.Camera(make_env(args, 1))
-    for k in range(3):
-        rollout(camera, spec, actor, (spec.args.seed, 1 + k, EVAL))
-    print(camera.save(folder / "play.gif", {f"episode {k + 1}": k for k in range(3)}, skip=1))
-
-
 def train(args):
     check(args)
     torch.manual_seed(args.seed % 2**64)
