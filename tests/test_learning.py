@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
 
 
 def final(module, tmp_path, **kw):
-    module.train(module.Args(run_dir=str(tmp_path), **kw))
+    """The last evaluation of a run with the preset of its env and some other arguments."""
+    module.train(module.Args(**module.preset(module.Args(**kw)) | kw, run_dir=str(tmp_path)))
     return json.loads((tmp_path / "eval.json").read_text())
 
 
@@ -33,8 +34,7 @@ def test_without_peer_learning_it_ends_in_mutual_defection(tmp_path):
 
 
 def test_sampled_gradient_of_rps_leads_the_peer_on(tmp_path):
-    preset = meta_mapg.preset(meta_mapg.Args(env="rps"))
-    result = final(meta_mapg, tmp_path, env="rps", **preset | dict(total_steps=46_080_000))
+    result = final(meta_mapg, tmp_path, env="rps", total_steps=46_080_000)
     assert result["eval/return_0"] < 0 < 0.8 < result["eval/sum_after_phi_0"]  # loses first, to win later
 
 
