@@ -45,7 +45,8 @@ class Env:
     def check_action(self, action):
         """The actions of all agents: numbers stacked, (N, B) long, or a tuple of (B, A_i) floats. ValueError
         for anything else."""
-        B, action = self.num_envs, (action,) if torch.is_tensor(action) else tuple(action)
+        alone = self.num_agents == 1 and torch.is_tensor(action)
+        B, action = self.num_envs, (action,) if alone else tuple(action)
         numbers = self.discrete and not (self.soft and action and action[0].is_floating_point())
         wanted = [(B,) if numbers else (B, A) for A in self.action_dims]
         given = [tuple(a.shape) for a in action]

@@ -1,8 +1,5 @@
 """The adapters against the interfaces they bridge: PettingZoo's API test, gymnasium itself, native worlds."""
 
-import subprocess
-import sys
-from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -169,7 +166,7 @@ def test_agents_may_leave_one_by_one(ends, terminated, truncated):
 def test_each_copy_gets_its_own_options_and_its_own_seed():
     env = from_pettingzoo(lambda: to_pettingzoo(Walk()), B, tasks={"train": [[0.0, 0.0]]})
     torch.manual_seed(0)
-    obs = env.reset()  # N = 1: no tuple
+    obs = env.reset(torch.zeros(B, 2))  # N = 1: no tuple
     assert len(obs[:, 0].unique()) == B
     torch.manual_seed(0)
     moved = env.reset(torch.tensor([[b, 0.0] for b in range(B)]))
@@ -275,6 +272,62 @@ def test_where_the_horizon_comes_from(monkeypatch):
         from_pettingzoo(lambda: Leavers(ends), B)
 
 
-def test_importing_the_adapters_needs_neither_package():
-    code = "import sys, envs.adapters; assert not {'gymnasium', 'pettingzoo'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+def test_what_the_copies_do_with_actions_and_names():
+    env = from_pettingzoo(lambda: Leavers(ends), B)
+    env.reset()
+    assert env.action_splits == ((2,), (2,)) and env.num_adversaries == 0
+    env.step((torch.tensor([[0.2, 0.8]] * B), torch.tensor([[0.9, 0.1]] * B)))  # soft: the largest counts
+    assert env.envs[0].seen == [{0: 6, 1: 5}]
+    env = from_pettingzoo(lambda: Leavers(ends, [box, box]), B, num_adversaries=1)
+    env.reset()
+    env.step([torch.full((B, 2), 7.0), torch.full((B, 2), -0.5)])  # cut to the Box
+    assert env.envs[0].seen[0][0].tolist() == [1, 1] and env.envs[0].seen[0][1].tolist() == [-0.5, -0.5]
+    assert env.num_adversaries == 1 and not hasattr(env, "action_splits") and not hasattr(env, "sample_tasks")
+
+
+def test_tasks_reach_a_gymnasium_env():
+    class Told(gymnasium.Wrapper):
+        def reset(self, seed=None, options=None):
+            self.told = options
+            return self.env.reset(seed=seed)
+
+    tasks = {"train": [[1, 2], [3, 4]], "test": [[5, 6]]}
+    env = from_gymnasium(lambda: Told(cartpole()), B, tasks=tasks, options=lambda task: {"goal": task.sum()})
+    assert env.splits == ("train", "test") and env.all_tasks("test").tolist() == [[5, 6]]
+    env.reset(torch.tensor([[1.0, 2], [3, 4], [5, 6]]))
+    assert [copy.env.told["goal"] for copy in env.envs] == [3, 7, 11]
+    env.reset()  # training tasks
+    assert {copy.env.told["goal"] for copy in env.envs} <= {3, 7}
+    for bad in {"test": [[1]]}, {"train": [1, 2]}, {"train": [[1]], "test": [[1, 2]]}:
+        with pytest.raises(ValueError, match="tasks must be"):
+            from_gymnasium(cartpole, B, tasks=bad)
+
+
+def test_tuple_spaces_are_agents():
+    class Two(gymnasium.Env):
+        action_space, observation_space = spaces.Tuple([two, two]), spaces.Tuple([box, box])
+
+        def reset(self, seed=None, options=None):
+            return (np.zeros(2), np.ones(2)), {}
+
+        def step(self, action):
+            return (np.full(2, action[0]), np.full(2, action[1])), [1.0, 2.0], action[0] == 0, False, {}
+
+    env = from_gymnasium(Two, 2, horizon=5)
+    assert env.num_agents == 2 and [o[0, 0].item() for o in env.reset()] == [0, 1]
+    obs, reward, terminated, *_ = env.step([torch.tensor([0, 1]), torch.tensor([1, 0])])
+    assert [o[:, 0].tolist() for o in obs] == [[0, 1], [1, 0]] and reward.tolist() == [[1, 2]] * 2
+    assert terminated.tolist() == [True, False]
+
+
+def test_turn_based_envs():
+    mpe2 = pytest.importorskip("mpe2.simple_spread_v3")
+    one, other = from_pettingzoo(mpe2.env, 1), from_pettingzoo(mpe2.parallel_env, 1)
+    a, b = ((torch.manual_seed(0), env.reset())[1] for env in (one, other))
+    assert equal(a, b) and one.action_dims == other.action_dims
+    mpe2.raw_env.metadata, kept = mpe2.raw_env.metadata | {"is_parallelizable": False}, mpe2.raw_env.metadata
+    try:
+        with pytest.raises(ValueError, match="turn-based"):
+            from_pettingzoo(mpe2.env, 1)
+    finally:
+        mpe2.raw_env.metadata = kept

@@ -152,6 +152,43 @@ def test_bad_options(name):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name, options", [
+    ("nav2d", dict(action_scale=0)), ("wheeled", dict(action_scale=-1)),
+    ("ant_dir", dict(integrator="verlet")), ("two_agent_half_cheetah", dict(direction=0)),
+    ("rware", dict(num_agents=0)), ("uav", dict(rows=1))])
+def test_bad_options_of_its_own(name, options):
+    with pytest.raises(ValueError, match=f"{name}|integrator"):
+        envs.make(name, 2, **options)
+
+
+@pytest.mark.parametrize("name, task", [
+    ("hopper_param", [[0.0] * 4]), ("hopper_param", [[torch.nan] * 4]), ("rware", [[0.0] * 5]),
+    ("rware", [[2.0, -1, 0, 0, 0]])])
+def test_tasks_that_make_no_sense(name, task):
+    with pytest.raises(ValueError, match="task"):
+        envs.make(name, 1).reset(torch.tensor(task))
+
+
+@pytest.mark.parametrize("name", ["ant_vel", "small_ant", "hopper_param"])
+def test_the_number_of_threads_changes_nothing(name):
+    one, *others = (play(envs.make(name, 11, horizon=15, threads=n), 0) for n in (1, 2, 5))
+    assert all(same(one, other) for other in others)
+
+
+def test_measures_of_particles():
+    """By hand: two of three agents touch, one stands on a landmark."""
+    env = envs.make("simple_spread", 2)
+    env.reset()
+    env.set_state(dict(pos=[[[0, 0], [0.2, 0], [1, 1], [0, 0], [0.2, 0.5], [1, 0]]] * 2))
+    wanted = {"collisions": 1, "landmark_distance": (0 + 0.5 + 0.8) / 3, "occupied_landmarks": 1}
+    got = env.measures()
+    assert got.keys() == wanted.keys() and all(got[k].tolist() == [pytest.approx(wanted[k])] * 2 for k in got)
+    env = envs.make("simple_push", 1)
+    env.set_state(dict(pos=[[[0, 0], [0.05, 0], [3, 0], [0, 4]]], goal=[[1]]))
+    got = {k: v.item() for k, v in env.measures().items()}
+    assert got["caught"] == got["collisions"] == 1 and got["goal_distance_adversary"] == 4
+
+
 @every
 def test_bad_tasks(name):
     env = envs.make(name, B)

@@ -1,32 +1,17 @@
 """The batched warehouse against rware 2.0 (where it is installed), step by step, and by hand."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_parity import BOTH, bold, load, one_hot, place, text
 
 from envs import make
-from envs.warehouse import CELLS, GOALS, LAYOUTS, SHELVES, TURNS, WIDTH, may_move, number
+from envs.warehouse import CELLS, GOALS, LAYOUTS, TURNS, WIDTH, may_move
 
 equal = np.array_equal
 NOTHING, FORWARD, LEFT, RIGHT, TOGGLE = range(5)
 UP, DOWN, WEST, EAST = range(4)
-BOTH = "\n".join([".........."] + ["..xx..xx.."] * 7 + ["..........", "....gg...."])
-HALVES = {"both": "..xx..xx..", "right": "......xx..", "left": "..xx......"}
-
-
-def text(layout):
-    """The layout as rware reads it."""
-    rows = BOTH.split("\n")
-    for y in range(1, 8):
-        kept = layout in HALVES or (y < 5 if layout == "top" else y > 3)
-        rows[y] = HALVES.get(layout, HALVES["both"]) if kept else ".........."
-    return "\n".join(rows)
-
-
-def one_hot(*layouts):
-    return torch.eye(5)[[list(LAYOUTS).index(k) for k in layouts]]
 
 
 def steps(env, rows):
@@ -34,160 +19,11 @@ def steps(env, rows):
     return [torch.tensor([r[i] for r in rows]) for i in range(env.num_agents)]
 
 
-def place(env, b, robots, requested=None):
-    """Puts robots (x, y, direction) into row b; they carry nothing."""
-    env.cell[b] = [number(x, y) for x, y, _ in robots]
-    env.direction[b] = [d for *_, d in robots]
-    if requested is not None:
-        env.requested[b] = False
-        env.requested[b, requested] = True
-
-
 def xy(env, b=0):
     return [(int(c % WIDTH) - 2, int(c // WIDTH) - 2) for c in env.cell[b]]
 
 
 # ---------------------------------------------------------------- parity with rware
-
-
-class Luck:
-    """Stands for rware's random generator: chooses what our row chose."""
-
-    def __init__(self, env, b):
-        self.env, self.b = env, b
-
-    def choice(self, candidates):
-        u = self.env.luck[self.b, 2 * (self.env.t - 1) + self.goal(candidates)]
-        return candidates[int(u * len(candidates))]
-
-    def goal(self, candidates):
-        """Which goal asks. It asks with the list as it is, so the shelf on the first goal is still on it."""
-        first = self.world.grid[1, 9, 4]
-        return 0 if first and self.world.shelfs[first - 1] in self.world.request_queue else 1
-
-
-def twin(rware, env, b, layout):
-    """rware's world in the state of row b."""
-    world = rware.Warehouse(3, 8, 1, env.num_agents, 0, 2, 4, None, None, rware.RewardType.INDIVIDUAL,
-                            layout=text(layout))
-    world.reset(seed=0)
-    world._np_random = Luck(env, b)
-    world._np_random.world = world
-    where = lambda cell: (int(cell % WIDTH) - 2, int(cell // WIDTH) - 2)
-    standing = sorted((s.y, s.x) for s in world.shelfs)
-    assert standing == sorted((c // WIDTH - 2, c % WIDTH - 2) for c in SHELVES[list(LAYOUTS).index(layout)])
-    assert [(s.y, s.x) for s in world.shelfs] == standing  # in reading order, as ours
-    for s, shelf in enumerate(world.shelfs):
-        shelf.x, shelf.y = where(env.shelf[b, s])
-    for i, robot in enumerate(world.agents):
-        robot.x, robot.y = where(env.cell[b, i])
-        robot.dir = rware.Direction(int(env.direction[b, i]))
-        s = env.carries[b, i]
-        robot.carrying_shelf = world.shelfs[s] if s < env.shelf.shape[1] - 1 else None
-    world.request_queue = [world.shelfs[s] for s in np.flatnonzero(env.requested[b])]
-    world._recalc_grid()
-    return world
-
-
-def load(env, draw):
-    """Robots that stand on no shelf get one to carry, mostly a requested one, so that much is delivered."""
-    for b in range(env.num_envs):
-        free = [s for s in np.flatnonzero(env.there[b]) if env.shelf[b, s] not in env.cell[b]]
-        free.sort(key=lambda s: (not env.requested[b, s], draw.random()))
-        for i in range(env.num_agents):
-            if draw.random() < 0.7 and free and env.cell[b, i] not in env.shelf[b]:
-                s = free.pop(0)
-                env.shelf[b, s], env.carries[b, i] = env.cell[b, i], s
-
-
-def bold(env, draw):
-    """(B, N) actions. Who carries what is asked for mostly goes to the goals; the others wander about."""
-    shape, (x, y) = env.cell.shape, (env.cell % WIDTH - 2, env.cell // WIDTH - 2)
-    heading = np.where(y < 9, DOWN, np.where(x < 4, EAST, WEST))
-    heading = np.where((x < 4) & (draw.random(shape) < 0.5), EAST, heading)
-    heading = np.where((x > 5) & (draw.random(shape) < 0.5), WEST, heading)
-    seek = np.where(env.direction == heading, FORWARD, draw.choice([LEFT, RIGHT], shape))
-    wander = draw.choice(5, shape, p=[0.05, 0.6, 0.15, 0.15, 0.05])
-    eager = env.requested[env.row, env.carries] & (draw.random(shape) < 0.8)
-    return torch.tensor(np.where(eager, seek, wander))
-
-
-def same_order(monkeypatch, rware):
-    """rware's graph library lists a part of a graph in the graph's own order, not in that of a Python set."""
-    import networkx
-
-    class Graph(networkx.DiGraph):
-        def subgraph(self, nodes):
-            part = networkx.DiGraph()
-            part.add_edges_from(edge for edge in self.edges if edge[0] in nodes)
-            return part
-
-    monkeypatch.setattr(rware, "nx", SimpleNamespace(
-        DiGraph=Graph, weakly_connected_components=networkx.weakly_connected_components,
-        algorithms=networkx.algorithms, NetworkXNoCycle=networkx.NetworkXNoCycle))
-
-
-def same(env, worlds, b):
-    world, none = worlds[b], env.shelf.shape[1] - 1
-    where = lambda cell: (int(cell % WIDTH) - 2, int(cell // WIDTH) - 2)
-    carried = [r.carrying_shelf.id - 1 if r.carrying_shelf else none for r in world.agents]
-    assert [(r.x, r.y) for r in world.agents] == [where(c) for c in env.cell[b]]
-    assert [r.dir.value for r in world.agents] == env.direction[b].tolist()
-    assert carried == env.carries[b].tolist()
-    assert [(s.x, s.y) for s in world.shelfs] == [where(c) for c in env.shelf[b, : len(world.shelfs)]]
-    assert {s.id - 1 for s in world.request_queue} == set(np.flatnonzero(env.requested[b]))
-
-
-@pytest.mark.parametrize("N, episodes", [(4, 12), (12, 6)])
-def test_same_as_rware_step_by_step(N, episodes, monkeypatch):
-    rware = pytest.importorskip("rware.warehouse")
-    same_order(monkeypatch, rware)
-    torch.manual_seed(N)
-    draw, layouts, paid, stuck, B = np.random.default_rng(N), list(LAYOUTS) * 2, 0, 0, 10
-    env = make("rware", B, num_agents=N)
-    for _ in range(episodes):
-        env.reset(one_hot(*layouts))
-        load(env, draw)
-        obs = env._observe()
-        worlds = [twin(rware, env, b, layouts[b]) for b in range(B)]
-        theirs = [[w._make_obs(a) for a in w.agents] for w in worlds]
-        for _ in range(30):
-            for b in range(B):
-                assert all(equal(o[b].numpy(), t) for o, t in zip(obs, theirs[b]))
-            action, before = bold(env, draw), env.cell.copy()
-            obs, reward, terminated, truncated, _ = env.step(list(action.T))
-            for b in range(B):
-                theirs[b], wanted, done, late, _ = worlds[b].step(action[b].tolist())
-                assert reward[b].tolist() == wanted and not done and not late and not terminated[b]
-                same(env, worlds, b)
-            paid += reward.sum().item()
-            stuck += ((action.numpy() == FORWARD) & (env.cell == before)).sum()
-    assert paid > 10 * episodes and stuck > 1000  # deliveries and collisions were compared
-
-
-def test_rware_as_it_comes_differs_only_between_equal_chains():
-    rware = pytest.importorskip("rware.warehouse")
-    torch.manual_seed(0)
-    draw, layouts, differ, B = np.random.default_rng(0), list(LAYOUTS) * 2, 0, 10
-    env = make("rware", B, horizon=500)
-    env.reset(one_hot(*layouts))
-    load(env, draw)
-    worlds = [twin(rware, env, b, layouts[b]) for b in range(B)]
-    for _ in range(500):
-        before, action = env.cell.copy(), bold(env, draw)
-        obs, reward, *_ = env.step(list(action.T))
-        for b in range(B):
-            theirs, wanted, *_ = worlds[b].step(action[b].tolist())
-            now = np.array([number(r.x, r.y) for r in worlds[b].agents])
-            if equal(now, env.cell[b]):
-                assert all(equal(o[b].numpy(), t) for o, t in zip(obs, theirs))
-                continue
-            differ += 1
-            mine = env.cell[b]
-            assert (now != before[b]).sum() == (mine != before[b]).sum()  # as many robots move
-            assert {*mine} - {*before[b]} == {*now} - {*before[b]}  # into the same cells
-            worlds[b] = twin(rware, env, b, layouts[b])  # it goes on from our state
-    assert differ < 0.005 * 500 * B
 
 
 # ---------------------------------------------------------------- moves by hand
@@ -321,25 +157,6 @@ def test_what_a_robot_sees():
     assert cells[1, 4].tolist() == empty
 
 
-def test_everything_random_is_drawn_at_the_start_row_by_row():
-    def run(n, first, total, seed=0):
-        torch.manual_seed(seed)
-        env = make("rware", n, horizon=40)
-        env.reset(one_hot("top").expand(n, -1), part=(first, total))
-        state = torch.get_rng_state()
-        for b in range(n):  # someone stands on a goal, with a shelf that is wanted
-            place(env, b, [(4, 8, DOWN), (0, 0, UP), (1, 0, UP), (2, 0, UP)], [0, 5, 6, 7])
-            env.carries[b], env.shelf[b, 0] = [0, 28, 28, 28], env.cell[b, 0]
-        env.step(steps(env, [[FORWARD, NOTHING, NOTHING, NOTHING]] * n))
-        assert torch.equal(state, torch.get_rng_state())
-        return env.requested.copy(), env.luck
-
-    whole, part = run(5, 0, 5), run(3, 2, 5)
-    assert equal(whole[0][2:], part[0]) and equal(whole[1][2:], part[1])
-    assert not whole[0][:, 0].any() and (whole[0].sum(1) == 4).all()
-    assert len(np.unique(whole[0], axis=0)) > 1 and not equal(whole[0], run(5, 0, 5, 1)[0])
-
-
 def test_starts_and_requests_are_uniform():
     torch.manual_seed(0)
     env = make("rware", 4000)
@@ -349,27 +166,6 @@ def test_starts_and_requests_are_uniform():
     assert (spots > 0).sum() == 100 and 100 < spots[spots > 0].min() and spots.max() < 220  # 160 each
     assert np.abs(np.bincount(env.direction.ravel()) / 16000 - 0.25).max() < 0.02
     assert np.abs(env.requested[:, :16].mean(0) - 0.25).max() < 0.04 and not env.requested[:, 16:].any()
-
-
-def test_tasks():
-    torch.manual_seed(0)
-    env = make("rware", 1)
-    for split in "train", "test":
-        assert torch.equal(env.all_tasks(split), torch.eye(5))
-        drawn = env.sample_tasks(5000, split)
-        assert (drawn.sum(1) == 1).all() and (drawn.mean(0) - 0.2).abs().max() < 0.03
-
-
-@pytest.mark.parametrize("call", [
-    lambda: make("rware", 2, horizon=0), lambda: make("rware", 2, num_agents=0),
-    lambda: make("rware", 2).reset(torch.zeros(2, 5)), lambda: make("rware", 2).reset(torch.ones(2, 4)),
-    lambda: make("rware", 1).reset(torch.tensor([[2.0, -1, 0, 0, 0]])),
-    lambda: make("rware", 1).sample_tasks(2, "val"),
-    lambda: [env := make("rware", 2), env.reset(), env.step([torch.zeros(2).long()])]])
-def test_bad_input_is_one_clear_line(call):
-    with pytest.raises(ValueError) as e:
-        call()
-    assert "\n" not in str(e.value)
 
 
 def test_picture():

@@ -1,0 +1,789 @@
+"""Every env against the package that users trust, on the same states and actions, or against its rules
+written out the obvious way: mpe2, gymnasium's MuJoCo v5, MaMuJoCo, rware. A test skips where its package is
+missing."""
+
+import math
+from itertools import combinations
+from types import SimpleNamespace
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+import torch
+
+from envs import WORLDS, make
+from envs.adapters import from_pettingzoo
+from envs.goal_robots import ANT_POSE, ARMS, TEXTS, fingertip
+from envs.multi_agent_mujoco import FIELDS
+from envs.warehouse import LAYOUTS, SHELVES, WIDTH, number
+
+equal, close = np.array_equal, np.testing.assert_allclose
+NOTHING, FORWARD, LEFT, RIGHT, TOGGLE = range(5)
+UP, DOWN, WEST, EAST = range(4)
+
+
+# ---------------- envs/particle.py: mpe2, and the rules of 2017 written out
+B = 6  # worlds side by side
+PARTICLES = [name for name, (module, _) in WORLDS.items() if module == "particle"]
+
+
+def tupled(x):
+    return (x,) if torch.is_tensor(x) else tuple(x)
+
+
+def random_action(env, rng, soft):
+    """Numbers (B,), or floats (B, A) in steps of 1 / 1024, whose differences mpe2's float32 holds exactly."""
+    if soft:
+        action = [torch.tensor(rng.integers(1025, size=(env.num_envs, n)) / 1024) for n in env.action_dims]
+        action = [a.float() for a in action]
+    else:
+        action = [torch.tensor(rng.integers(math.prod(s), size=env.num_envs)) for s in env.action_splits]
+    return tuple(action) if env.num_agents > 1 else action[0]
+
+
+def theirs(name, **options):
+    """mpe2's world of that name. Skips the test where mpe2 is not installed."""
+    pytest.importorskip("mpe2", reason="parity needs mpe2 (pip install mpe2)")
+    version = 4 if name == "simple_speaker_listener" else 3
+    module = __import__(f"mpe2.{name}_v{version}", fromlist=["parallel_env"])
+    return module.parallel_env(max_cycles=1000, **options)
+
+
+CASES = [  # our options, and those of mpe2 for the same world
+    *((name, {}, {}) for name in PARTICLES),
+    ("simple_spread", dict(num_agents=8), dict(N=8)),
+    ("simple_tag", dict(num_agents=3), dict(num_good=1, num_adversaries=2, num_obstacles=1)),
+    ("simple_tag", dict(num_agents=8, num_adversaries=5), dict(num_good=3, num_adversaries=5)),
+    ("simple_adversary", dict(num_agents=8), dict(N=7)),
+    ("simple_world_comm", dict(num_agents=8, num_adversaries=5), dict(num_good=3, num_adversaries=5)),
+]
+
+
+def goals_of(name, world):
+    """The numbers of the landmarks that are goals (or the key) in mpe2's world, in the order of ours."""
+    agents, number = world.agents, lambda x: next(i for i, m in enumerate(world.landmarks) if m is x)
+    if name in ("simple_adversary", "simple_push"):
+        return [number(agents[0].goal_a)]
+    if name == "simple_crypto":
+        return [number(agents[0].goal_a), int(agents[2].key.argmax())]
+    if name in ("simple_speaker_listener", "simple_reference"):
+        return [number(agent.goal_b) for agent in agents if agent._goal_b is not None]
+    return []
+
+
+def crowd(rng, worlds, env):
+    """Puts mpe2's worlds and ours into the same random states, with the first two agents in contact and in a
+    third of them nearly all bodies. Returns our observation."""
+    for world in worlds:
+        scale = rng.choice([0.15, 0.5, 1.1])
+        for body in world.entities:
+            body.state.p_pos = rng.uniform(-scale, scale, 2)
+        for agent in world.agents[1:2]:
+            agent.state.p_pos = world.agents[0].state.p_pos + rng.uniform(-0.06, 0.06, 2)
+        for agent in world.agents:
+            agent.state.p_vel = rng.uniform(-1.5, 1.5, 2) * agent.movable
+    return tupled(env.set_state(dict(
+        pos=[[body.state.p_pos for body in world.entities] for world in worlds],
+        vel=[[agent.state.p_vel for agent in world.agents] for world in worlds],
+        goal=[goals_of(env.name, world) for world in worlds],
+        action=np.zeros((len(worlds), sum(env.action_dims))))))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("name, ours, other", CASES)
+def test_the_same_steps_as_mpe2(name, ours, other, soft):
+    env, rng = make(name, B, horizon=1000, **ours), np.random.default_rng(0)
+    copies = [theirs(name, continuous_actions=soft, **other) for _ in range(B)]
+    raw, pushes = [copy.unwrapped for copy in copies], 0
+    assert env.agents == copies[0].possible_agents
+    assert env.obs_dims == tuple(copies[0].observation_space(a).shape[0] for a in env.agents)
+    for episode in range(4):
+        for b, copy in enumerate(copies):
+            copy.reset(seed=100 * episode + b)
+        obs = crowd(rng, [r.world for r in raw], env)
+        for _ in range(12):
+            for i, agent in enumerate(env.agents):
+                close(obs[i], np.stack([r.observe(agent) for r in raw]), rtol=1e-6, atol=1e-7)
+            action, before = random_action(env, rng, soft), env.dist[: len(env.touch)]
+            pushes += (before < env.touch[:, :, None]).sum()
+            obs, reward, *_ = env.step(action)
+            obs, pos = tupled(obs), env.state()["pos"]
+            for b, copy in enumerate(copies):
+                moves = {a: x[b].numpy() if soft else int(x[b]) for a, x in zip(env.agents, tupled(action))}
+                gain = list(copy.step(moves)[1].values())
+                close(pos[b], [body.state.p_pos for body in raw[b].world.entities], rtol=0, atol=1e-9)
+                close(env.gain[:, b], gain, rtol=0, atol=1e-9)
+                close(reward[b], gain, rtol=1e-6, atol=1e-6)
+    assert pushes > 4 * B or not len(env.touch)  # the forces were there
+
+
+def test_an_episode_begins_like_theirs():
+    """Where bodies and goals may be: every coordinate of every entity, over many worlds."""
+    for name in PARTICLES:
+        env, copy = make(name, 400), theirs(name)
+        env.reset()
+        starts, goals = [], []
+        for seed in range(400):
+            copy.reset(seed=seed)
+            starts.append([body.state.p_pos for body in copy.unwrapped.world.entities])
+            goals.append(goals_of(name, copy.unwrapped.world))
+        ours, starts = env.state(), np.array(starts)
+        close(ours["pos"].min(0), starts.min(0), atol=0.06)  # 0.9 and 1 are told apart
+        close(ours["pos"].max(0), starts.max(0), atol=0.06)
+        assert not ours["vel"].any() and not ours["action"].any()
+        for mine, their in zip(ours["goal"].T, np.array(goals).T):
+            share = np.bincount(their) / 400
+            close(np.bincount(mine, minlength=len(share)) / 400, share, atol=0.15)
+
+
+def test_from_pettingzoo_plays_their_world_as_ours():
+    theirs("simple_push")
+    from mpe2 import simple_push_v3
+
+    env = from_pettingzoo(lambda: simple_push_v3.parallel_env(max_cycles=10), 3, horizon=10)
+    ours, rng = make("simple_push", 3, horizon=10), np.random.default_rng(0)
+    for member in ("num_envs", "horizon", "num_agents", "obs_dims", "action_dims", "discrete"):
+        assert getattr(env, member) == getattr(ours, member), member
+    obs = env.reset()
+    worlds = [copy.unwrapped.world for copy in env.envs]
+    mine = ours.set_state(dict(pos=[[body.state.p_pos for body in w.entities] for w in worlds],
+                               goal=[goals_of("simple_push", w) for w in worlds]))
+    for t in range(10):
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(obs, mine))
+        action = random_action(ours, rng, False)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        mine, gain, ended, cut, _ = ours.step(action)
+        assert torch.allclose(reward, gain, atol=1e-5)
+        assert torch.equal(terminated, ended) and torch.equal(truncated, cut) and cut.all() == (t == 9)
+
+
+def original_step(env, b, action):
+    """One step of world b by the rules of 2017, one body after the other: positions and velocities then."""
+    state, N = env.state(), env.num_agents
+    pos, vel = state["pos"][b].tolist(), state["vel"][b].tolist()
+    force = []
+    for i, a in enumerate(action):
+        a = a[b].tolist()
+        force.append([env.thrust[i, 0] * (a[1] - a[2]), env.thrust[i, 0] * (a[3] - a[4])])
+    for i in range(N):
+        for j in range(len(env.touch)):
+            if i != j:
+                dx, dy = pos[i][0] - pos[j][0], pos[i][1] - pos[j][1]
+                d = math.hypot(dx, dy)
+                depth = (env.radii[i] + env.radii[j] - d) / 1e-3
+                strength = 100 * 1e-3 * (math.log1p(math.exp(-abs(depth))) + max(depth, 0)) / d
+                force[i] = [force[i][0] + strength * dx, force[i][1] + strength * dy]
+    for i in range(N):
+        vel[i] = [0.75 * v + 0.1 * f for v, f in zip(vel[i], force[i])]
+        top = math.inf if env.limit is None else env.limit[i, 0]
+        speed = math.hypot(*vel[i])
+        vel[i] = [v * min(1, top / speed) for v in vel[i]]
+        pos[i] = [x + 0.1 * v for x, v in zip(pos[i], vel[i])]
+    return pos, vel
+
+
+def original_reward(env, pos):
+    """The rewards of 2017 from positions, agent by agent."""
+    N, K, L = env.num_agents, env.num_adversaries, env.landmarks
+    far = lambda i, j: math.dist(pos[i], pos[j])
+    touch = lambda i, j: far(i, j) < env.radii[i] + env.radii[j]
+    goal = [N + g for g in env.goal[:, 0]]
+    if env.name == "simple_spread":
+        cover = sum(min(far(i, N + l) for i in range(N)) for l in range(L))
+        return [sum(-cover - sum(touch(i, j) for j in range(N)) for i in range(N))] * N  # also j = i
+    if env.name == "simple_adversary":
+        good = sum(far(k, goal[0]) for k in range(K)) - min(far(i, goal[0]) for i in range(K, N))
+        return [-(far(k, goal[0]) ** 2) for k in range(K)] + [good] * (N - K)
+    if env.name == "simple_push":
+        return [min(far(i, goal[0]) for i in range(K, N)) - far(k, goal[0]) for k in range(K)] + \
+            [-far(i, goal[0]) for i in range(K, N)]
+    if env.name == "simple_speaker_listener":
+        return [-2 * far(1, goal[0]) ** 2] * 2
+    if env.name == "simple_reference":
+        return [-(far(1, goal[0]) ** 2) - far(0, goal[1]) ** 2] * 2
+    assert env.name == "simple_world_comm"
+    ramp = lambda x: 0 if x < 0.9 else 10 * (x - 0.9) if x < 1 else min(math.exp(2 * x - 2), 10)
+    meals = range(N + 1, N + 3)
+    caught = [sum(touch(k, i) for k in range(K)) for i in range(K, N)]
+    return [5 * sum(caught) - 0.1 * min(far(k, i) for i in range(K, N)) for k in range(K)] + \
+        [2 * sum(touch(i, m) for m in meals) - 5 * caught[i - K] - 2 * sum(ramp(abs(x)) for x in pos[i])
+         + 0.05 * min(far(i, m) for m in meals) for i in range(K, N)]
+
+
+@pytest.mark.parametrize("name", ["simple_spread", "simple_tag", "simple_push", "simple_adversary"])
+def test_steps_of_the_original(name):
+    env, rng = make(name, 5, dialect="mpe"), np.random.default_rng(1)
+    env.reset()
+    env.set_state(dict(pos=0.3 * env.state()["pos"], vel=rng.uniform(-1, 1, (5, env.num_agents, 2))))
+    for _ in range(10):
+        action = random_action(env, rng, True)
+        wanted = [original_step(env, b, action) for b in range(5)]
+        env.step(action)
+        for b, (pos, vel) in enumerate(wanted):
+            close(env.state()["pos"][b], pos, rtol=0, atol=1e-9)
+            close(env.state()["vel"][b], vel, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, options", [
+    *((name, {}) for name in ("simple_spread", "simple_adversary", "simple_push", "simple_speaker_listener",
+                              "simple_reference", "simple_world_comm")),
+    *((name, dict(num_agents=7, num_adversaries=3)) for name in ("simple_adversary", "simple_push",
+                                                                "simple_world_comm"))])
+def test_rewards_of_the_original(name, options):
+    env, rng = make(name, 1, dialect="mpe", **options), np.random.default_rng(2)
+    for scale in (0.2, 0.5, 1, 2):
+        env.reset()
+        env.set_state(dict(pos=scale * env.state()["pos"]))
+        for _ in range(10):
+            env.step(random_action(env, rng, True))
+            close(env.gain[:, 0], original_reward(env, env.state()["pos"][0].tolist()), rtol=0, atol=1e-9)
+
+
+# ---------------- envs/targets.py: the rules written out body by body
+TARGETS = ["spread", "spread_large", "hunting", "hunting_large"]
+
+
+def ramp(overlap):
+    """A softplus of width 1e-3, times 100."""
+    k = 1e-3
+    return 100 * k * (overlap / k + math.log1p(math.exp(-overlap / k)) if overlap > 0
+                      else math.log1p(math.exp(overlap / k)))
+
+
+class Plain:
+    """One world. bodies: dicts of p, v (lists of two numbers), size, and for movers accel and max."""
+
+    def __init__(self, name, pos, vel, task):
+        self.hunting, large = "hunting" in name, name.endswith("large")
+        self.n = 3 if self.hunting or large else 2
+        sizes = [0.1] * 3 + [0.05] * (2 + large) + [0.2] * (2 * large) if self.hunting else \
+            [0.15] * self.n + [0.05] * (self.n + 1)
+        self.movers = len(vel)
+        limit = lambda i: math.inf if not self.hunting else 1.0 if i < 3 else 1.2
+        self.bodies = [dict(p=list(p), size=s, v=list(vel[i]) if i < len(vel) else None, max=limit(i))
+                       for i, (p, s) in enumerate(zip(pos, sizes))]
+        self.task = task
+
+    def gap(self, a, b):
+        return math.dist(self.bodies[a]["p"], self.bodies[b]["p"])
+
+    def force(self, i, action):
+        me = self.bodies[i]
+        f = [(3.0 if self.hunting else 5.0) * u for u in action]
+        for axis in (0, 1):
+            for wall in (1.2, -1.2):
+                d = me["p"][axis] - wall
+                f[axis] += math.copysign(1, d) * ramp(me["size"] + 0.2 - abs(d)) if d else 0
+        for j, other in enumerate(self.bodies if self.hunting else []):
+            if j != i and (d := self.gap(i, j)) > 0:
+                push = ramp(me["size"] + other["size"] - d)
+                f = [f[axis] + push * (me["p"][axis] - other["p"][axis]) / d for axis in (0, 1)]
+        return f
+
+    def flee(self):
+        """The action of the prey that counts."""
+        prey = self.n + self.task.index(1)
+        near = min(range(self.n), key=lambda a: self.gap(a, prey))
+        a, b = self.bodies[near]["p"], self.bodies[prey]["p"]
+        return [(y - x) / self.gap(near, prey) for x, y in zip(a, b)]
+
+    def step(self, actions):
+        forces = [self.force(i, a) for i, a in enumerate(actions)]
+        for body, f in zip(self.bodies, forces):
+            body["v"] = [0.75 * v + 0.1 * x for v, x in zip(body["v"], f)]
+            if (speed := math.hypot(*body["v"])) > body["max"]:
+                body["v"] = [v / speed * body["max"] for v in body["v"]]
+        for body, _ in zip(self.bodies, forces):
+            body["p"] = [p + 0.1 * v for p, v in zip(body["p"], body["v"])]
+
+    def observe(self, i):
+        me = self.bodies[i]["p"]
+        way = lambda j: [self.bodies[j]["p"][x] - me[x] for x in (0, 1)]
+        others = [j for j in range(len(self.bodies)) if j != i]
+        if not self.hunting:
+            marks = others[self.n - 1 :]
+            return [*me, *(x for j in marks + others[: self.n - 1] for x in way(j))]
+        sees = lambda j: self.gap(i, j) < 1.414
+        ways = [x * sees(j) for j in others for x in way(j)]
+        return [*me, *ways, *(self.gap(i, j) * sees(j) for j in others)]
+
+    def rewards(self):
+        n, counts = self.n, [self.n + l for l, c in enumerate(self.task) if c]
+        if not self.hunting:
+            return [-n * sum(min(self.gap(a, l) for a in range(n)) for l in counts)] * n
+        far = [self.gap(a, counts[0]) for a in range(n)]
+        return [-0.1 * sum(far) + 10 * (d < 0.15) for d in far]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_same_steps_as_the_rules_written_out(name, monkeypatch):
+    B, rng = 5, np.random.default_rng(0)
+    env, met = make(name, B, horizon=200), 0
+    env.reset(torch.stack([env.all_tasks()[k % len(env.all_tasks())] for k in range(B)]))
+    state = env.state()
+    state["pos"][0] *= 0.25  # a crowd
+    worlds = zip(state["pos"], state["vel"], state["task"].astype(int).tolist())
+    plain = [Plain(name, *world) for world in worlds]
+    obs = env.set_state(state)
+    for _ in range(60):
+        for i, o in enumerate(obs):
+            close(o, [world.observe(i) for world in plain], atol=1e-5)
+        pushes = 1.3 * rng.normal(size=(B, env.num_agents, 2)).astype(np.float32)
+        wander = 0.5 * np.ones((2, env.movers - env.num_agents, B))  # the draw 0.75 in all worlds
+        monkeypatch.setattr(torch, "rand", lambda *shape, dtype=None: torch.full(shape, 0.75, dtype=dtype))
+        obs, reward, terminated, _, _ = env.step([torch.tensor(pushes[:, i]) for i in range(env.num_agents)])
+        for b, world in enumerate(plain):
+            others = [wander[:, j, b].tolist() for j in range(env.movers - env.num_agents)]
+            if "hunting" in name:
+                others[world.task.index(1)] = world.flee()
+            met += any(world.gap(i, j) < world.bodies[i]["size"] + world.bodies[j]["size"]
+                       for i, j in combinations(range(len(world.bodies)), 2))
+            world.step([*pushes[b].tolist(), *others])
+        close(env.pos.T, [[body["p"] for body in world.bodies] for world in plain], atol=1e-10)
+        close(reward, [world.rewards() for world in plain], rtol=1e-5, atol=1e-5)
+        assert not terminated.any()
+    assert met  # bodies did touch
+
+
+@pytest.mark.parametrize("name, low, high", [("spread", -295, -273), ("hunting", -46, -41)])
+def test_random_play_returns_what_the_original_does(name, low, high):
+    """-284 and -43.5 were measured with the paper's own worlds."""
+    torch.manual_seed(0)
+    env, total = make(name, 256), 0
+    env.reset()
+    for _ in range(100):
+        total = total + env.step(torch.randn(env.num_agents, 256, 2))[1].mean(1)
+    assert low < total.mean() < high
+
+
+# ---------------- envs/warehouse.py: rware 2.0
+BOTH = "\n".join([".........."] + ["..xx..xx.."] * 7 + ["..........", "....gg...."])
+HALVES = {"both": "..xx..xx..", "right": "......xx..", "left": "..xx......"}
+
+
+def text(layout):
+    """The layout as rware reads it."""
+    rows = BOTH.split("\n")
+    for y in range(1, 8):
+        kept = layout in HALVES or (y < 5 if layout == "top" else y > 3)
+        rows[y] = HALVES.get(layout, HALVES["both"]) if kept else ".........."
+    return "\n".join(rows)
+
+
+def one_hot(*layouts):
+    return torch.eye(5)[[list(LAYOUTS).index(k) for k in layouts]]
+
+
+def place(env, b, robots, requested=None):
+    """Puts robots (x, y, direction) into row b; they carry nothing."""
+    env.cell[b] = [number(x, y) for x, y, _ in robots]
+    env.direction[b] = [d for *_, d in robots]
+    if requested is not None:
+        env.requested[b] = False
+        env.requested[b, requested] = True
+
+
+class Luck:
+    """Stands for rware's random generator: chooses what our row chose."""
+
+    def __init__(self, env, b):
+        self.env, self.b = env, b
+
+    def choice(self, candidates):
+        u = self.env.luck[self.b, 2 * (self.env.t - 1) + self.goal(candidates)]
+        return candidates[int(u * len(candidates))]
+
+    def goal(self, candidates):
+        """Which goal asks. It asks with the list as it is, so the shelf on the first goal is still on it."""
+        first = self.world.grid[1, 9, 4]
+        return 0 if first and self.world.shelfs[first - 1] in self.world.request_queue else 1
+
+
+def twin(rware, env, b, layout):
+    """rware's world in the state of row b."""
+    world = rware.Warehouse(3, 8, 1, env.num_agents, 0, 2, 4, None, None, rware.RewardType.INDIVIDUAL,
+                            layout=text(layout))
+    world.reset(seed=0)
+    world._np_random = Luck(env, b)
+    world._np_random.world = world
+    where = lambda cell: (int(cell % WIDTH) - 2, int(cell // WIDTH) - 2)
+    standing = sorted((s.y, s.x) for s in world.shelfs)
+    assert standing == sorted((c // WIDTH - 2, c % WIDTH - 2) for c in SHELVES[list(LAYOUTS).index(layout)])
+    assert [(s.y, s.x) for s in world.shelfs] == standing  # in reading order, as ours
+    for s, shelf in enumerate(world.shelfs):
+        shelf.x, shelf.y = where(env.shelf[b, s])
+    for i, robot in enumerate(world.agents):
+        robot.x, robot.y = where(env.cell[b, i])
+        robot.dir = rware.Direction(int(env.direction[b, i]))
+        s = env.carries[b, i]
+        robot.carrying_shelf = world.shelfs[s] if s < env.shelf.shape[1] - 1 else None
+    world.request_queue = [world.shelfs[s] for s in np.flatnonzero(env.requested[b])]
+    world._recalc_grid()
+    return world
+
+
+def load(env, draw):
+    """Robots that stand on no shelf get one to carry, mostly a requested one, so that much is delivered."""
+    for b in range(env.num_envs):
+        free = [s for s in np.flatnonzero(env.there[b]) if env.shelf[b, s] not in env.cell[b]]
+        free.sort(key=lambda s: (not env.requested[b, s], draw.random()))
+        for i in range(env.num_agents):
+            if draw.random() < 0.7 and free and env.cell[b, i] not in env.shelf[b]:
+                s = free.pop(0)
+                env.shelf[b, s], env.carries[b, i] = env.cell[b, i], s
+
+
+def bold(env, draw):
+    """(B, N) actions. Who carries what is asked for mostly goes to the goals; the others wander about."""
+    shape, (x, y) = env.cell.shape, (env.cell % WIDTH - 2, env.cell // WIDTH - 2)
+    heading = np.where(y < 9, DOWN, np.where(x < 4, EAST, WEST))
+    heading = np.where((x < 4) & (draw.random(shape) < 0.5), EAST, heading)
+    heading = np.where((x > 5) & (draw.random(shape) < 0.5), WEST, heading)
+    seek = np.where(env.direction == heading, FORWARD, draw.choice([LEFT, RIGHT], shape))
+    wander = draw.choice(5, shape, p=[0.05, 0.6, 0.15, 0.15, 0.05])
+    eager = env.requested[env.row, env.carries] & (draw.random(shape) < 0.8)
+    return torch.tensor(np.where(eager, seek, wander))
+
+
+def same_order(monkeypatch, rware):
+    """rware's graph library lists a part of a graph in the graph's own order, not in that of a Python set."""
+    import networkx
+
+    class Graph(networkx.DiGraph):
+        def subgraph(self, nodes):
+            part = networkx.DiGraph()
+            part.add_edges_from(edge for edge in self.edges if edge[0] in nodes)
+            return part
+
+    monkeypatch.setattr(rware, "nx", SimpleNamespace(
+        DiGraph=Graph, weakly_connected_components=networkx.weakly_connected_components,
+        algorithms=networkx.algorithms, NetworkXNoCycle=networkx.NetworkXNoCycle))
+
+
+def same(env, worlds, b):
+    world, none = worlds[b], env.shelf.shape[1] - 1
+    where = lambda cell: (int(cell % WIDTH) - 2, int(cell // WIDTH) - 2)
+    carried = [r.carrying_shelf.id - 1 if r.carrying_shelf else none for r in world.agents]
+    assert [(r.x, r.y) for r in world.agents] == [where(c) for c in env.cell[b]]
+    assert [r.dir.value for r in world.agents] == env.direction[b].tolist()
+    assert carried == env.carries[b].tolist()
+    assert [(s.x, s.y) for s in world.shelfs] == [where(c) for c in env.shelf[b, : len(world.shelfs)]]
+    assert {s.id - 1 for s in world.request_queue} == set(np.flatnonzero(env.requested[b]))
+
+
+@pytest.mark.parametrize("N, episodes", [(4, 12), (12, 6)])
+def test_same_as_rware_step_by_step(N, episodes, monkeypatch):
+    rware = pytest.importorskip("rware.warehouse")
+    same_order(monkeypatch, rware)
+    torch.manual_seed(N)
+    draw, layouts, paid, stuck, B = np.random.default_rng(N), list(LAYOUTS) * 2, 0, 0, 10
+    env = make("rware", B, num_agents=N)
+    for _ in range(episodes):
+        env.reset(one_hot(*layouts))
+        load(env, draw)
+        obs = env._observe()
+        worlds = [twin(rware, env, b, layouts[b]) for b in range(B)]
+        theirs = [[w._make_obs(a) for a in w.agents] for w in worlds]
+        for _ in range(30):
+            for b in range(B):
+                assert all(equal(o[b].numpy(), t) for o, t in zip(obs, theirs[b]))
+            action, before = bold(env, draw), env.cell.copy()
+            obs, reward, terminated, truncated, _ = env.step(list(action.T))
+            for b in range(B):
+                theirs[b], wanted, done, late, _ = worlds[b].step(action[b].tolist())
+                assert reward[b].tolist() == wanted and not done and not late and not terminated[b]
+                same(env, worlds, b)
+            paid += reward.sum().item()
+            stuck += ((action.numpy() == FORWARD) & (env.cell == before)).sum()
+    assert paid > 10 * episodes and stuck > 1000  # deliveries and collisions were compared
+
+
+def test_rware_as_it_comes_differs_only_between_equal_chains():
+    rware = pytest.importorskip("rware.warehouse")
+    torch.manual_seed(0)
+    draw, layouts, differ, B = np.random.default_rng(0), list(LAYOUTS) * 2, 0, 10
+    env = make("rware", B, horizon=500)
+    env.reset(one_hot(*layouts))
+    load(env, draw)
+    worlds = [twin(rware, env, b, layouts[b]) for b in range(B)]
+    for _ in range(500):
+        before, action = env.cell.copy(), bold(env, draw)
+        obs, reward, *_ = env.step(list(action.T))
+        for b in range(B):
+            theirs, wanted, *_ = worlds[b].step(action[b].tolist())
+            now = np.array([number(r.x, r.y) for r in worlds[b].agents])
+            if equal(now, env.cell[b]):
+                assert all(equal(o[b].numpy(), t) for o, t in zip(obs, theirs))
+                continue
+            differ += 1
+            mine = env.cell[b]
+            assert (now != before[b]).sum() == (mine != before[b]).sum()  # as many robots move
+            assert {*mine} - {*before[b]} == {*now} - {*before[b]}  # into the same cells
+            worlds[b] = twin(rware, env, b, layouts[b])  # it goes on from our state
+    assert differ < 0.005 * 500 * B
+
+
+# ---------------- envs/mujoco.py: gymnasium's HalfCheetah-v5 and Ant-v5, bit by bit
+LOCOMOTION = ["half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel", "ant_goal"]
+
+
+def reference(env):
+    """One gymnasium env a row, in the row's state."""
+    kind = "HalfCheetah-v5" if env.obs_dims == (20,) else "Ant-v5"
+    nq, twins = env.sim.model.nq, []
+    for state in env.state:
+        twin = gymnasium.make(kind).unwrapped
+        twin.reset(seed=0)
+        twin.set_state(state[1 : 1 + nq], state[1 + nq :])
+        twins.append(twin)
+    return twins
+
+
+def play_robots(env, steps, scale=1.0, seed=0):
+    """Everything that `steps` random actions return, and the states."""
+    draw, out = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        action = scale * torch.randn(env.num_envs, *env.action_dims, generator=draw)
+        obs, reward, terminated, truncated, info = env.step(action)
+        out.append((obs, reward, terminated, truncated, info["diverged"], torch.tensor(env.state)))
+    return [torch.stack(x) for x in zip(*out)]
+
+
+@pytest.mark.parametrize("name", LOCOMOTION)
+def test_locomotion_is_bit_equal_to_gymnasium(name):
+    B, H, cheetah = 4, 200, name.startswith("half")
+    scale = torch.tensor([[1.0 if cheetah else 0.1]] * 2 + [[1.0]] * 2)  # ants fall under wild actions
+    torch.manual_seed(1)
+    env = make(name, B, horizon=H)
+    obs = env.reset()
+
+    def torso_is_right(b, qpos):
+        frame.qpos[:] = qpos
+        mujoco.mj_kinematics(env.sim.model, frame)
+        torso = frame.body("torso")
+        wanted = torso.xpos if cheetah else np.concatenate([torso.xmat, torso.xpos])
+        close(obs[b, -len(wanted):].numpy(), wanted, rtol=1e-6, atol=1e-7)
+
+    twins, frame = reference(env), mujoco.MjData(env.sim.model)
+    over, slip = np.zeros(B, bool), []
+    for b in range(B):  # a drawn orientation is not of unit length
+        torso_is_right(b, env.state[b, 1 : 1 + env.sim.model.nq])
+    for t in range(H):
+        before = env.state.copy()
+        action = (scale * torch.randn(B, *env.action_dims)).clamp(-1, 1)
+        obs, reward, terminated, truncated, info = env.step(action)
+        for b in np.flatnonzero(~over):
+            twin, task = twins[b], env.task[b]
+            twin.data.qacc_warmstart[:] = 0  # the stated convention
+            seen, _, ended, _, paid = twin.step(action[b].double().numpy())
+            assert equal(env.state[b, 1:], np.concatenate([twin.data.qpos, twin.data.qvel]))
+            skipped = 0 if cheetah else 2  # v5 hides x (HalfCheetah), x and y (Ant)
+            mine = obs[b, skipped : skipped + 17 + 10 * (not cheetah)]
+            assert equal(mine.numpy(), seen[: len(mine)].astype(np.float32))
+            torso_is_right(b, twin.data.qpos)
+
+            v = (twin.data.qpos[0] - before[b, 1]) / 0.05
+            close(v, paid["x_velocity"], atol=1e-12 if cheetah else 0.3)  # Ant-v5's positions lag
+            slip.append(abs(v - paid["x_velocity"]))
+            gain = {"dir": task[0] * v, "vel": -abs(v - task[0]),
+                    "goal": -np.abs(twin.data.qpos[:2] - task[:2].repeat(3 - len(task))).sum()}[env.kind]
+            if cheetah:
+                wanted = gain + 0.5 * paid["reward_ctrl"]  # 0.05 |u|^2 where v5 pays 0.1
+            else:
+                alive = {"dir": 0.05, "vel": 1.05, "goal": 4.05}[env.kind]
+                wanted = gain + 0.01 * paid["reward_ctrl"] + alive  # 0.005 |u|^2 where v5 pays 0.5
+            close(reward[b, 0].item(), wanted, rtol=1e-6, atol=1e-7)
+            assert terminated[b].item() == ended
+            over[b] = ended
+        assert truncated.tolist() == [t == H - 1] * B and not info["diverged"].any()
+    assert not over[:2].any() and over[2:].any() != cheetah  # both ways to end were compared
+    assert cheetah or np.mean(slip) < 0.02
+
+
+@pytest.mark.parametrize("name", ["half_cheetah_dir", "ant_dir"])
+def test_close_to_an_untouched_gymnasium_env(name):
+    torch.manual_seed(0)
+    env = make(name, 4)
+    env.reset()
+    twins = reference(env)
+    for _ in range(10):
+        action = torch.rand(4, *env.action_dims) * 2 - 1
+        env.step(action)
+        for b, twin in enumerate(twins):
+            twin.step(action[b].double().numpy())
+    for b, twin in enumerate(twins):
+        close(env.state[b, 1:], np.concatenate([twin.data.qpos, twin.data.qvel]), atol=1e-10)
+
+
+# ---------------- envs/goal_robots.py: one MjData stepped in a loop
+GOAL_ROBOTS = ["wheeled", "small_ant", "reacher2", "reacher4"]
+
+
+@pytest.mark.parametrize("name", GOAL_ROBOTS)
+@pytest.mark.parametrize("stale", [False, True])
+def test_goal_robots_are_one_mjdata_in_a_loop(name, stale):
+    env = make(name, 2, stale=stale)
+    goal = np.array([[0.9, 0.1], [-0.3, 0.4]])
+    env.reset(torch.tensor(goal))
+    model = mujoco.MjModel.from_xml_string(TEXTS[name]())
+    robots = [mujoco.MjData(model) for _ in range(2)]
+    if name == "small_ant":
+        for robot in robots:
+            robot.qpos[:] = ANT_POSE
+    draw, over = torch.Generator().manual_seed(3), np.zeros(2, bool)
+    speed = 100 if name == "reacher2" else 50
+    for _ in range(200):
+        action = torch.randn(2, model.nu, generator=draw)
+        _, reward, terminated, _, info = env.step(action)
+        for b in np.flatnonzero(~over):
+            robot, u = robots[b], action[b].double().clamp(-1, 1).numpy()
+            robot.ctrl[:] = speed * u
+            robot.qacc_warmstart[:] = 0  # the stated convention
+            for substep in range(5):
+                if substep == 4:
+                    before_last = robot.qpos.copy()
+                mujoco.mj_step(model, robot)
+            assert np.array_equal(env.state[b, 1:], np.concatenate([robot.qpos, robot.qvel]))
+            robot_q = before_last if stale else robot.qpos
+            p = fingertip(robot_q, *ARMS[name][1:]) if name in ARMS else robot_q[:2]
+            gap = np.linalg.norm(p - goal[b])
+            close(reward[b, 0].item(), -gap - 0.001 * 0.5 * (u**2).sum(), rtol=1e-6)
+            radius = {"wheeled": 0.02, "small_ant": 0.03, "reacher2": 0.06, "reacher4": 0.11}[name]
+            fallen = name == "small_ant" and not 0.15 <= robot.qpos[2] <= 0.45
+            over[b] = gap < radius or fallen
+            assert terminated[b].item() == over[b] and info["arrived"][b].item() == (gap < radius)
+            if stale and name == "wheeled":  # the authors' body position
+                close(p, robot.xpos[1, :2], atol=1e-12)
+
+
+# ---------------- envs/multi_agent_mujoco.py: gymnasium, and MaMuJoCo
+DRIVEN = {"cheetah_dir": "HalfCheetah", "hopper_param": "Hopper", "two_agent_half_cheetah": "HalfCheetah"}
+
+
+def put(twin, env, b):
+    """Brings a gymnasium env into row b's state and, for a Hopper, to its task's numbers."""
+    if env.name == "hopper_param":
+        for field, scale in zip(FIELDS, env.task[b]):
+            getattr(twin.model, field)[:] *= scale
+        mujoco.mj_setConst(twin.model, twin.data)
+    nq = twin.model.nq
+    twin.set_state(env.state[b, 1 : 1 + nq], env.state[b, 1 + nq :])
+    return twin
+
+
+def drivers_actions(env, scale, draw):
+    return [scale * torch.randn(env.num_envs, n, generator=draw) for n in env.action_dims]
+
+
+def steady(env, t):
+    """Feedback that keeps hoppers on their foot for about 45 steps."""
+    q, v = env.state[:, 1:7], env.state[:, 7:]
+    u = 8 * (0.05 * np.sin(0.3 * t) - q)[:, 3:] - 0.4 * v[:, 3:]
+    u[:, 2] += 4 * q[:, 2] + v[:, 2] + 0.6 * v[:, 0]
+    return [torch.tensor(np.clip(u[:, i : i + 1], -1.3, 1.3), dtype=torch.float32) for i in range(3)]
+
+
+def play_drivers(env, steps, scale=1.0, seed=0):
+    draw, out = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        obs, reward, terminated, truncated, info = env.step(drivers_actions(env, scale, draw))
+        state = torch.tensor(env.state)
+        out.append((torch.cat(obs, 1), reward, terminated, truncated, info["diverged"], state))
+    return [torch.stack(x) for x in zip(*out)]
+
+
+def compare(env, twins, step, seen, steps=200):
+    """Steps both side by side, also on after a fall. step(b, joint action) -> reward, ended, info; seen(b) ->
+    what the drivers see. Returns how often a row was healthy and how often not."""
+    draw, count = torch.Generator().manual_seed(0), np.zeros(2, int)
+    for t in range(steps):
+        action = steady(env, t) if env.name == "hopper_param" and t < 100 else drivers_actions(env, 1.0, draw)
+        obs, reward, terminated, _, info = env.step(action)
+        env.terminated[:] = False  # nobody rests here
+        joint = torch.cat(action, 1).double().numpy()
+        for b, twin in enumerate(twins):
+            twin.data.qacc_warmstart[:] = 0  # the stated convention
+            wanted, ended, paid = step(b, joint[b])
+            assert equal(env.state[b, 1:], np.concatenate([twin.data.qpos, twin.data.qvel]))
+            for mine, theirs in zip(obs, seen(b)):
+                assert equal(mine[b].numpy(), np.asarray(theirs).astype(np.float32))
+            if env.name == "cheetah_dir":
+                wanted = env.task[b, 0] * paid["reward_forward"] + paid["reward_ctrl"]
+            elif env.name == "two_agent_half_cheetah":
+                cost = -0.1 * (np.clip(joint[b], -1, 1) ** 2).sum()  # of what reaches the motors
+                wanted = env.task[b, 0] * paid["reward_forward"] + cost
+            assert equal(reward[b].numpy(), np.full(env.num_agents, wanted).astype(np.float32))
+            assert terminated[b].item() == ended
+            count[int(ended)] += 1
+        assert not info["diverged"].any()
+    return count
+
+
+@pytest.mark.parametrize("name", DRIVEN)
+def test_drivers_are_bit_equal_to_gymnasium(name):
+    torch.manual_seed(1)
+    env = make(name, 8 if name == "hopper_param" else 3)
+    obs = env.reset(torch.tensor([[1.0], [-1.0], [1.0]]) if "cheetah" in name else None)
+    twins = [put(gymnasium.make(f"{DRIVEN[name]}-v5").unwrapped, env, b) for b in range(env.num_envs)]
+
+    def seen(b):
+        d = twins[b].data
+        if name == "two_agent_half_cheetah":
+            return [twins[b]._get_obs()] * 2
+        if name == "cheetah_dir":
+            joint = lambda j: [d.joint(j).qpos[0], d.joint(j).qvel[0]]
+            return [[x for j in leg for x in joint(j)] for leg in (("bfoot", "bshin", "bthigh"),
+                                                                  ("ffoot", "fshin", "fthigh"))]
+        return [[d.joint(j).qpos[0], np.clip(d.joint(j).qvel[0], -10, 10)]
+                for j in ("thigh_joint", "leg_joint", "foot_joint")]
+
+    def step(b, joint):
+        _, reward, ended, _, info = twins[b].step(joint)
+        return reward, ended, info
+
+    for b in range(env.num_envs):
+        for mine, theirs in zip(obs, seen(b)):
+            assert equal(mine[b].numpy(), np.asarray(theirs).astype(np.float32))
+    healthy, fallen = compare(env, twins, step, seen)
+    assert healthy >= 40 * env.num_envs and (fallen > 0) == (name == "hopper_param")
+
+
+@pytest.mark.parametrize("name, conf", [("cheetah_dir", "2x3"), ("hopper_param", "3x1")])
+def test_drivers_are_bit_equal_to_mamujoco(name, conf):
+    mamujoco = pytest.importorskip("gymnasium_robotics").mamujoco_v1
+    torch.manual_seed(2)
+    env = make(name, 4)
+    obs = env.reset(torch.tensor([[1.0], [-1.0]] * 2) if name == "cheetah_dir" else None)
+    worlds = [mamujoco.parallel_env(DRIVEN[name], conf, agent_obsk=0, global_categories=()) for _ in range(4)]
+    twins = []
+    for b, world in enumerate(worlds):
+        world.reset(seed=0)
+        twins.append(put(world.single_agent_env.unwrapped, env, b))
+        assert [world.observation_space(a).shape[0] for a in world.possible_agents] == list(env.obs_dims)
+        assert [world.action_space(a).shape[0] for a in world.possible_agents] == list(env.action_dims)
+    seen = lambda b: worlds[b]._get_obs().values()
+    for b in range(4):
+        for mine, theirs in zip(obs, seen(b)):
+            assert equal(mine[b].numpy(), theirs.astype(np.float32))
+
+    def step(b, joint):
+        parts = np.split(joint, np.cumsum(env.action_dims)[:-1])
+        out = worlds[b].step(dict(zip(worlds[b].possible_agents, parts)))
+        return out[1]["agent_0"], out[2]["agent_0"], out[4]["agent_0"]
+
+    compare(env, twins, step, seen)
+
+
+def test_healthy_is_gymnasiums():
+    twin, rng = gymnasium.make("Hopper-v5").unwrapped, np.random.default_rng(0)
+    state = np.zeros((400, 13))
+    state[:, 2] = rng.uniform(0.6, 1.3, 400)
+    state[:, 3] = rng.uniform(-0.3, 0.3, 400)
+    state[:, 4:] = rng.uniform(-1, 1, (400, 9)) * np.where(rng.random((400, 1)) < 0.3, 110, 5)
+    wanted = []
+    for s in state:
+        twin.data.qpos[:], twin.data.qvel[:] = s[1:7], s[7:]
+        wanted.append(twin.is_healthy)
+    assert 0 < np.mean(wanted) < 1
+    assert make("hopper_param", 1)._healthy(state).tolist() == wanted
