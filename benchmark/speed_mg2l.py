@@ -1,7 +1,11 @@
 """
 How fast mg2l.py and its worlds are: spread, hunting and the warehouse step by step, the last beside rware;
-and training on spread, updates included, beside naive_mg2l.py and the arithmetic's floor. Used by speed.py.
+and training on spread, updates included, beside tests/oracles/mg2l.py and the arithmetic's floor. Used by
+speed.py.
 """
+
+import importlib.util
+from pathlib import Path
 
 from speed import timed
 
@@ -16,10 +20,9 @@ def cases(quick, all_threads):
            for name in ("spread", "hunting") for B in WORLDS]
     out += [dict(what=name, sizes="4 robots", worlds=64, threads=1, steps=steps if quick else 10 * steps)
             for name, steps in (("rware", 10), ("warehouse", 100))]  # rware: a millisecond for each step
-    for sizes in ("quick",) if quick else ("quick", "paper"):
-        out.append(dict(what="naive training", sizes=sizes, worlds=1, threads=1, steps=1))
-        out += [dict(what="training", sizes=sizes, worlds=1, threads=n, steps=3 if quick else 10)
-                for n in all_threads]
+    out.append(dict(what="naive training", sizes="spread", worlds=1, threads=1, steps=1))
+    out += [dict(what="training", sizes="spread", worlds=1, threads=n, steps=3 if quick else 10)
+            for n in all_threads]
     return [*out, *(dict(what="matmul", threads=threads) for threads in all_threads)]
 
 
@@ -49,32 +52,35 @@ def measure_warehouse(case):
 
 def build(case):
     """args, and what mg2l.iterate() needs, after an iteration that fills the rings."""
+    import torch
+
     import mg2l as m
 
-    args = m.resolve(m.Args(env="spread", paper=case["sizes"] == "paper", num_threads=case["threads"],
-                            warm_up=0))
-    m.set_up(args)
+    args = m.Args(num_threads=case["threads"], warm_up=0)
+    torch.set_num_threads(args.num_threads)
     env = m.make_env(args, args.num_envs + args.context_envs)
-    state, tasks = m.build(args, env), env.all_tasks()
-    m.iterate(env, *state, tasks, 0, args)
-    return args, env, state, tasks
+    learner, tasks = m.build(args, env), env.all_tasks("train")
+    m.iterate(env, learner, tasks, 0, args)
+    return args, env, learner, tasks
 
 
 def measure_training(case):
     import mg2l as m
 
-    args, env, state, tasks = build(case)
-    return timed(lambda: [m.iterate(env, *state, tasks, 1, args) for _ in range(case["steps"])], 1)
+    args, env, learner, tasks = build(case)
+    return timed(lambda: [m.iterate(env, learner, tasks, 1, args) for _ in range(case["steps"])], 1)
 
 
 def measure_naive(case):
-    import naive_mg2l as naive
-
     import mg2l as m
 
-    args, _, state, tasks = build(case)
-    twin = naive.Naive(lambda: m.make_env(args, 1), args, *state, tasks)
-    return timed(lambda: [twin.iterate() for _ in range(case["steps"])], 1)
+    path = Path(__file__).parents[1] / "tests" / "oracles" / "mg2l.py"
+    spec = importlib.util.spec_from_file_location("oracle", path)
+    oracle = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(oracle)
+    args, _, learner, tasks = build(case)
+    env, moments = m.make_env(args, 1), oracle.Moments(2)
+    return timed(lambda: [oracle.iterate(env, learner, moments, tasks, args) for _ in range(case["steps"])], 1)
 
 
 MEASURES = {"world": measure_world, "rware": measure_warehouse, "warehouse": measure_warehouse,
@@ -86,17 +92,18 @@ def measure(case):
     return MEASURES[case["what"]](case)
 
 
-def gflop(sizes):
+def gflop():
     """Arithmetic of the products in one iteration, forward and twice that backward, and transitions in it."""
     import mg2l as m
 
-    args = m.resolve(m.Args(env="spread", paper=sizes == "paper"))
-    n, O, A, C, H, U, B = 2, 10, 2, args.latent_dim, args.hidden, args.encoder_units, args.context_size
+    args = m.Args()
+    n, O, A, C, H, U, B = 2, 10, 2, args.latent_dim, args.hidden, m.UNITS, args.context_size
+    rows = args.num_envs + args.context_envs
     mlp = lambda inputs, out: inputs * H + H * H + H * out
-    nets = n * args.num_envs * args.horizon * (mlp(O + C, A) + mlp(n * O + C, 1))
-    tran = (2 * O + A + 1) * U + (args.encoder_layers - 1) * U * U  # the last layer comes after the pool
+    nets = n * rows * args.horizon * (mlp(O + C, A) + mlp(n * O + C, 1))
+    tran = (2 * O + A + 1) * U + 3 * U * U  # E, and Wv of the pool
     contexts = args.ppo_epochs * args.num_envs + args.encoder_updates * (args.num_envs + 3 * args.keys)
-    return 6e-9 * (args.ppo_epochs * nets + contexts * n * B * tran), m.steps_per_iteration(args)
+    return 6e-9 * (args.ppo_epochs * nets + contexts * n * B * tran), rows * args.horizon
 
 
 def summary(plan, best, rates):
@@ -106,7 +113,7 @@ def summary(plan, best, rates):
         if case["what"] == "matmul":
             continue
         trains = "training" in case["what"]
-        work, transitions = gflop(case["sizes"]) if trains else (0, case["worlds"])
+        work, transitions = gflop() if trains else (0, case["worlds"])
         speed = case["steps"] * transitions / run["wall"]
         if case["what"] in ("naive training", "rware"):
             peers[case["sizes"]] = run["cpu"] / case["steps"]
