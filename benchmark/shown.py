@@ -88,7 +88,8 @@ tesp_rows += [("wheeled, the paper's size, 50 iterations", "TESP", "tesp-wheeled
 UPDATES = {"warm-up": "test/return_warmup"} | {f"{k} updates": f"test/return_{k}" for k in range(4)}
 
 # ---------------------------------------------------------------- Coded MADDPG
-coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/", "")]
+coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/", ""),
+              ("spread, M = 3", "MADDPG, the default now", "coded_maddpg-simple_spread-500k", "eval/", "")]
 for world in ("adversary", "push", "tag"):
     coded_rows.append((f"{world}, M = 3", "MADDPG",
                        f"coded_maddpg-simple_{world}-total-steps-500000-num-agents-3", "eval/", ""))
