@@ -105,8 +105,8 @@ class Moments:
 
     def update(self, i, x):
         new = 1.0, float(x.mean()), float((x**2).mean())
-        for sums, new in zip((self.weight, self.total, self.square), new):
-            sums[i] = 0.99999 * sums[i] + new
+        for sums, one in zip((self.weight, self.total, self.square), new):
+            sums[i] = 0.99999 * sums[i] + one
 
     def of(self, i):
         weight = max(self.weight[i], 1.0)
