@@ -367,7 +367,7 @@ def rollout(env, actor, tasks, zi):
     observed, steps = [obs], []
     for _ in range(env.horizon):
         pi = policy(actor, obs, zi)
-        action = pi.sample()
+        action = pi.rsample() if pi.has_rsample else pi.sample()  # Normal.sample() stumbles over a NaN
         obs, reward, terminated, _, _ = env.step(tuple(action))
         # what comes after an end does not count
         ended = terminated.float() * alive
@@ -508,7 +508,30 @@ class Learner(NamedTuple):
         ring = self.ring
         rings = {"data": ring.data, "length": ring.length, "next": ring.next, "sums": ring.norm.sums}
         parts = {**self.params, "ring": rings, "returns": {"sums": self.norm.sums}}
-        return {f"{part}.{name}": x for part, p in parts.items() for name, x in p.items()}
+        return {f"{part}.{name}": x.detach() for part, p in parts.items() for name, x in p.items()}
+
+
+def build(args, env):
+    """Networks, optimisers, running moments and rings, as they are at the start."""
+    n, O, A, tasks = env.num_agents, env.obs_dims[0], env.action_dims[0], env.all_tasks("train")
+    features, infers = 2 * O + A + 1, args.method in INFERS
+    told = {"none": 0, "task-given": tasks.shape[1]}.get(args.method, args.latent_dim)
+    sizes = [args.hidden, args.hidden]
+    actor = make_mlp(n, [O + told, *sizes, A], math.sqrt(2), 0.01, norm_inputs=True)  # gains are MAPPO's
+    actor |= {} if env.discrete else {"log_std": torch.zeros(n, 1, A)}
+    critic = make_mlp(n, [n * O + told, *sizes, 1], math.sqrt(2), norm_inputs=True)
+    encoder = make_encoder(n, features, args.latent_dim, args.method) if infers else {}
+    params = {"actor": actor, "critic": critic, "encoder": encoder}
+    for p in params.values():
+        p |= {name: x.to(args.device).requires_grad_() for name, x in p.items()}
+    optimizers = {}
+    for group in "actor", "critic":
+        optimizers[group] = torch.optim.Adam(params[group].values(), args.lr, eps=1e-5)
+    if infers:
+        optimizers["encoder"] = torch.optim.AdamW(params["encoder"].values(), args.encoder_lr)
+    size = (len(tasks), args.ring_size, env.horizon) if infers else (1, 1, 1)  # else: no rings are needed
+    norm = RunningNorm(n, 1, device=args.device)
+    return Learner(params, optimizers, norm, Ring(n, *size, features, args.device))
 
 
 def clip_by_agent(grads):
@@ -850,6 +873,12 @@ class Run:
 
 
 # ================================================================ 8. Train
+def report(args, results, folder, step):
+    """Print the table of an evaluation and write eval.json."""
+    print(f"{args.env}, {args.method}: mean return of the agents\n{table(results)}")
+    write_eval(folder, results | {"global_step": step, "seed": args.seed})
+
+
 def train(args):
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
@@ -861,7 +890,7 @@ def train(args):
     if path := args.resume or args.evaluate:  # from a checkpoint
         state = load(path)
         for name, x in learner.tensors().items():
-            x.data.copy_(state["tensors"][name])
+            x.copy_(state["tensors"][name])
         for group, optimizer in learner.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][group])
         iteration, step = state["iteration"], state["step"]

@@ -80,8 +80,8 @@ def measure_naive(case):
     spec.loader.exec_module(oracle)
     args, _, learner, tasks = build(case)
     env, moments = m.make_env(args, 1), oracle.Moments(2)
-    play = lambda: [oracle.iterate(env, learner, moments, tasks, args) for _ in range(case["steps"])]
-    return timed(play, 1)
+    play = lambda: oracle.iterate(env, learner, moments, tasks, args)
+    return timed(lambda: [play() for _ in range(case["steps"])], 1)
 
 
 MEASURES = {"world": measure_world, "rware": measure_warehouse, "warehouse": measure_warehouse,

@@ -65,7 +65,7 @@ def zoo(name, **options):
 
 def warehouse(n, horizon):
     rware = pytest.importorskip("rware.warehouse")
-    make = lambda: rware.Warehouse(1, 2, 2, 2, 0, 1, 2, None, horizon, rware.RewardType.INDIVIDUAL)
+    make = lambda: rware.Warehouse(3, 2, 1, 2, 0, 1, 2, None, horizon, rware.RewardType.INDIVIDUAL)
     return from_gymnasium(make, n, horizon=horizon, tasks=TASKS)
 
 

@@ -104,9 +104,9 @@ class Moments:
         self.weight, self.total, self.square = [0.0] * n, [0.0] * n, [0.0] * n
 
     def update(self, i, x):
-        numbers = 1.0, float(x.mean()), float((x**2).mean())
-        for sums, number in zip((self.weight, self.total, self.square), numbers):
-            sums[i] = 0.99999 * sums[i] + number
+        new = 1.0, float(x.mean()), float((x**2).mean())
+        for sums, one in zip((self.weight, self.total, self.square), new):
+            sums[i] = 0.99999 * sums[i] + one
 
     def of(self, i):
         weight = max(self.weight[i], 1.0)
