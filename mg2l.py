@@ -671,29 +671,6 @@ def iterate(env, learner, tasks, iteration, args):
     return logs, int(play.alive.sum())
 
 
-def build(args, env):
-    """Networks, optimisers, running moments and rings, as they are at the start."""
-    n, O, A, tasks = env.num_agents, env.obs_dims[0], env.action_dims[0], env.all_tasks("train")
-    features, infers = 2 * O + A + 1, args.method in INFERS
-    told = {"none": 0, "task-given": tasks.shape[1]}.get(args.method, args.latent_dim)
-    sizes = [args.hidden, args.hidden]
-    actor = make_mlp(n, [O + told, *sizes, A], math.sqrt(2), 0.01, norm_inputs=True)  # gains are MAPPO's
-    actor |= {} if env.discrete else {"log_std": torch.zeros(n, 1, A)}
-    critic = make_mlp(n, [n * O + told, *sizes, 1], math.sqrt(2), norm_inputs=True)
-    encoder = make_encoder(n, features, args.latent_dim, args.method) if infers else {}
-    params = {"actor": actor, "critic": critic, "encoder": encoder}
-    for p in params.values():
-        p |= {name: x.to(args.device).requires_grad_() for name, x in p.items()}
-    optimizers = {}
-    for group in "actor", "critic":
-        optimizers[group] = torch.optim.Adam(params[group].values(), args.lr, eps=1e-5)
-    if infers:
-        optimizers["encoder"] = torch.optim.AdamW(params["encoder"].values(), args.encoder_lr)
-    size = (len(tasks), args.ring_size, env.horizon) if infers else (1, 1, 1)  # else: no rings are needed
-    norm = RunningNorm(n, 1, device=args.device)
-    return Learner(params, optimizers, norm, Ring(n, *size, features, args.device))
-
-
 # ================================================================ 6. Evaluation
 # Meta-test: nothing is trained any more. A trial is one task: some episodes are played by the prior, then
 # every agent draws its context from its own part of the first s of them, and plays one episode; s = 0 is the
@@ -763,12 +740,6 @@ def table(results):
             told = [results.get(f"eval/test/accuracy_{z}_{name}", math.nan) for z in ("z", "zi")]
             lines.append(f"{name:13s}{mean:9.2f}{results[f'{tag}_ci95']:9.2f}{told[0]:11.2f}{told[1]:11.2f}")
     return "\n".join(lines)
-
-
-def report(args, results, folder, step):
-    """Print the table of an evaluation and write eval.json."""
-    print(f"{args.env}, {args.method}: mean return of the agents\n{table(results)}")
-    write_eval(folder, results | {"global_step": step, "seed": args.seed})
 
 
 # ================================================================ 7. Runs
