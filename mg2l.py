@@ -37,11 +37,12 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
              [D4] PPO trains on the prior's episodes too: what agents do before they know is their best.
              [D5] z is drawn once an episode; agents step at once, and each critic step takes the encoder
                   along; V counts at the horizon; an early end is a mask; tasks are shared out evenly.
-  Run        python mg2l.py --env spread                          # @@
+  Run        python mg2l.py --env spread                          # 11 minutes of a busy core; z^i tells the
+                                                                  # task in 0.96, return -132 (one seed)
              python mg2l.py --env spread --method none            # or task-given, global-only, pearl
              python mg2l.py --env spread --local-loss own         # scores of z^i alone; kl: KL(q || q^i)
-             python mg2l.py --env hunting                         # @@
-             python mg2l.py --env hopper_param                    # or cheetah_dir, rware: half an hour
+             python mg2l.py --env hunting                         # this and the next: not yet measured
+             python mg2l.py --env hopper_param                    # or cheetah_dir, rware
              python mg2l.py --evaluate runs/x/checkpoint.pt --capture-video
   Licence    MIT. Please cite the paper above for the method.
 """
@@ -99,14 +100,14 @@ Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
 
 @dataclass
 class Args:
-    """Defaults: a quick `spread`, two minutes. PRESETS below has what other envs need."""
+    """Defaults: a quick `spread`, minutes. PRESETS below has what other envs need."""
 
     # --- run: the same in all six scripts
     env: str = "spread"  # spread, hunting (both also _large), cheetah_dir, hopper_param, rware, or your own
     seed: int = 1  # of torch, and with it of environments and networks
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch, and of MuJoCo
-    total_steps: Count = 1_920_000  # training transitions of all rows; step sizes fall to 0 at 95 % of them
+    total_steps: Count = 2_048_000  # training transitions of all rows; step sizes fall to 0 at 95 % of them
     eval_every: within(int, 0) = 100  # iterations between evaluations; 0: only at the end
     eval_episodes: within(int, 2) = 64  # trials of each task in an evaluation
     save_every: Count = 25  # iterations between checkpoints; one is also written at the end and on Ctrl-C
@@ -118,8 +119,8 @@ class Args:
     # --- algorithm
     method: Literal["mg2l", "none", "task-given", "global-only", "pearl"] = "mg2l"  # what actors are told
     local_loss: Literal["joint", "own", "kl"] = "joint"  # eq. (11)
-    num_envs: Count = 32  # M, rows of an iteration with inferred latents
-    context_envs: Count = 32  # rows beside them that the prior plays, to fill the rings
+    num_envs: Count = 48  # M, rows of an iteration with inferred latents
+    context_envs: Count = 16  # rows beside them that the prior plays, to fill the rings
     horizon: Count = 100  # T, steps of an episode
     context_size: Count = 100  # B, transitions in a context
     ring_size: Count = 500  # episodes that the ring of a task holds, eq. (1)
@@ -127,10 +128,10 @@ class Args:
     hidden: Count = 64  # units in both hidden layers of actors and critics
     latent_dim: Count = 16  # C, numbers in z and in z^i
     warm_up: within(int, 0) = 50  # first iterations, in which the prior plays all rows
-    encoder_updates: within(int, 0) = 10  # U, steps on eq. (12); 0: the encoder learns from critics alone
+    encoder_updates: within(int, 0) = 20  # U, steps on eq. (12); 0: the encoder learns from critics alone
     encoder_lr: Size = 2e-3  # step size of AdamW, eqs. (9) and (12)
     kl_coef: Size = 0.003  # alpha, weight of the KL terms in eq. (12)
-    ppo_epochs: Count = 8  # passes over an iteration's episodes, eq. (9)
+    ppo_epochs: Count = 6  # passes over an iteration's episodes, eq. (9)
     lr: Size = 1e-3  # step size of Adam for actors and critics, eq. (9)
     gamma: Share = 0.99  # discount, eq. (5)
     gae_lambda: Share = 0.95  # lambda of eq. (5)
@@ -147,7 +148,7 @@ PRESETS = {  # what differs from the defaults
     "hunting": {},
     "cheetah_dir": ROBOTS,
     "hopper_param": ROBOTS | dict(eval_shots=32),
-    "rware": dict(hidden=128, lr=5e-4, context_envs=16, ring_size=50,
+    "rware": dict(hidden=128, lr=5e-4, ring_size=50,
                   total_steps=4_800_000, eval_episodes=16),
 }
 
