@@ -183,7 +183,7 @@ def parse():
     free = ("device", "num_threads", "total_steps", "save_every", "capture_video", "track")
     for name, value in stored.items() if path else ():
         if getattr(args, name) != value and name not in free and not name.startswith("eval_"):
-            fail(f"--{name.replace('_', '-')} cannot change here: the checkpoint was made with {value}")
+            fail(f"--{name.replace('_', '-')} cannot change here: the checkpoint keeps its own ({value})")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no GPU here")
     return args
