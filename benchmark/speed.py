@@ -234,7 +234,7 @@ CASES = [  # name, unit, function, its arguments, those of --quick
      dict(num_chains=8, chain_length=7, num_episodes=64, horizon=150),
      dict(num_chains=2, chain_length=1, num_episodes=4, horizon=5)),
     ("maml_rl, nav2d", "iteration", maml_rl, {}, dict(num_tasks=2, num_episodes=2, horizon=5)),
-    ("tesp, wheeled", "task", tesp, {}, dict(num_tasks=2, num_episodes=2, horizon=5)),
+    ("tesp, wheeled", "task", tesp, {}, dict(num_tasks=2, num_episodes=2, horizon=5, epochs=2)),
     ("coded_maddpg, spread, M = 3", "update", coded_maddpg, dict(num_agents=3, batch_size=1024),
      dict(num_agents=3, batch_size=32)),
     ("coded_maddpg, spread, M = 8", "update", coded_maddpg, dict(num_agents=8, batch_size=1024),
