@@ -1,7 +1,7 @@
 """
 How fast each script is beside its oracle in tests/oracles/, and beside live peers that do the same work.
 
-  python benchmark/speed.py                   all cases: some minutes of a core
+  python benchmark/speed.py                   all cases: two minutes of a core
   python benchmark/speed.py spread Ant        the cases whose names hold one of these words
   python benchmark/speed.py --quick           tiny sizes: does everything still work
   python benchmark/speed.py --save            all cases, and write benchmark/results/speed.csv
@@ -188,9 +188,8 @@ def spread(num_envs):
     names = [dict(zip(one.possible_agents, row)) for row in number[..., 0].tolist()]
     yield "mpe2", 25, episode(one, names)
     if find_spec("vmas"):
-        import vmas
-
-        env = vmas.make_env("simple_spread", num_envs, continuous_actions=False, n_agents=3)
+        make = importlib.import_module("vmas").make_env
+        env = make("simple_spread", num_envs, continuous_actions=False, n_agents=3)
         yield "vmas", 25 * num_envs, episode(env, [list(row[..., None]) for row in number])
 
 
@@ -223,33 +222,33 @@ def robot(name, num_envs, steps):
     sync = gymnasium.vector.SyncVectorEnv([lambda: gymnasium.make(name)] * num_envs)
     yield "gymnasium", steps * num_envs, episode(sync, action)
     if find_spec("envpool"):
-        import envpool
-
-        pool = envpool.make(name, env_type="gymnasium", num_envs=num_envs, num_threads=1)
+        make = importlib.import_module("envpool").make
+        pool = make(name, env_type="gymnasium", num_envs=num_envs, num_threads=1)
         yield "envpool", steps * num_envs, episode(pool, action)
 
 
-CASES = [  # name, unit, function, its arguments, those of --quick
+CASES = [  # name, unit, function, its arguments
     ("meta_mapg, ipd, LSTM, 8 chains", "chain", meta_mapg,
-     dict(num_chains=8, chain_length=7, num_episodes=64, horizon=150),
-     dict(num_chains=2, chain_length=1, num_episodes=4, horizon=5)),
-    ("maml_rl, nav2d", "iteration", maml_rl, {}, dict(num_tasks=2, num_episodes=2, horizon=5)),
-    ("tesp, wheeled", "task", tesp, {}, dict(num_tasks=2, num_episodes=2, horizon=5, epochs=2)),
-    ("coded_maddpg, spread, M = 3", "update", coded_maddpg, dict(num_agents=3, batch_size=1024),
-     dict(num_agents=3, batch_size=32)),
-    ("coded_maddpg, spread, M = 8", "update", coded_maddpg, dict(num_agents=8, batch_size=1024),
-     dict(num_agents=8, batch_size=32)),
-    ("lemol, simple_push, 8 runs", "episode", lemol, dict(batch_size=128, segment=10),
-     dict(batch_size=4, segment=2)),
-    ("mg2l, spread", "iteration", mg2l, {},
-     dict(num_envs=4, context_envs=4, horizon=10, context_size=5, encoder_updates=1, ppo_epochs=1)),
-    ("simple_spread, 1 env", "step", spread, dict(num_envs=1), dict(num_envs=1)),
-    ("simple_spread, 256 envs", "step", spread, dict(num_envs=256), dict(num_envs=2)),
-    ("rware, 64 envs", "step", rware, dict(num_envs=64, steps=100), dict(num_envs=5, steps=5)),
-    ("HalfCheetah, 256 envs", "step", robot, dict(name="HalfCheetah-v5", num_envs=256, steps=50),
-     dict(name="HalfCheetah-v5", num_envs=2, steps=2)),
-    ("Ant, 256 envs", "step", robot, dict(name="Ant-v5", num_envs=256, steps=50),
-     dict(name="Ant-v5", num_envs=2, steps=2))]
+     dict(num_chains=8, chain_length=3, num_episodes=64, horizon=50)),
+    ("maml_rl, nav2d", "iteration", maml_rl, dict(num_tasks=10)),
+    ("tesp, wheeled", "task", tesp, dict(horizon=100)),
+    ("coded_maddpg, spread, M = 3", "update", coded_maddpg, dict(num_agents=3, batch_size=1024)),
+    ("coded_maddpg, spread, M = 8", "update", coded_maddpg, dict(num_agents=8, batch_size=1024)),
+    ("lemol, simple_push, 8 runs", "episode", lemol, dict(batch_size=128, segment=10)),
+    ("mg2l, spread, 16 rows", "iteration", mg2l,
+     dict(num_envs=12, context_envs=4, ppo_epochs=2, encoder_updates=2)),
+    ("simple_spread, 1 env", "step", spread, dict(num_envs=1)),
+    ("simple_spread, 256 envs", "step", spread, dict(num_envs=256)),
+    ("rware, 64 envs", "step", rware, dict(num_envs=64, steps=100)),
+    ("HalfCheetah, 64 envs", "step", robot, dict(name="HalfCheetah-v5", num_envs=64, steps=50)),
+    ("Ant, 64 envs", "step", robot, dict(name="Ant-v5", num_envs=64, steps=50))]
+QUICK = {  # what --quick changes
+    meta_mapg: dict(num_chains=2, chain_length=1, num_episodes=4, horizon=5),
+    maml_rl: dict(num_tasks=2, num_episodes=2, horizon=5),
+    tesp: dict(num_tasks=2, num_episodes=2, horizon=5, epochs=2),
+    coded_maddpg: dict(batch_size=32), lemol: dict(batch_size=4, segment=2),
+    mg2l: dict(num_envs=4, horizon=10, context_size=5, encoder_updates=1, ppo_epochs=1),
+    spread: dict(num_envs=2), rware: dict(num_envs=5, steps=5), robot: dict(num_envs=2, steps=2)}
 
 
 def measure(works, rounds=3, least=0.5):
@@ -281,11 +280,12 @@ def parse(words=None):
 def main(args):
     torch.set_num_threads(1)
     load, rows = os.getloadavg()[0], [["case", "unit", "who", "version", "milliseconds", "times"]]
-    for name, unit, function, full, quick in CASES:
+    for name, unit, function, sizes in CASES:
         if args.words and not any(word in name for word in args.words):
             continue
         torch.manual_seed(1)
-        seconds = measure(function(**quick), 1, 0) if args.quick else measure(function(**full))
+        works = function(**(sizes | QUICK[function] if args.quick else sizes))
+        seconds = measure(works, 1, 0) if args.quick else measure(works)
         for who, each in seconds.items():
             number = version(who) if who not in ("ours", "oracle", "maddpg-pettingzoo-pytorch") else ""
             rows.append([name, unit, who, number, f"{1e3 * each:.4g}", f"{each / seconds['ours']:.2f}"])

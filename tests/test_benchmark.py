@@ -63,9 +63,9 @@ def test_what_is_committed_is_shown():
         assert all(path.name in pages for path in (ROOT / "benchmark" / folder).iterdir())
 
 
-@pytest.mark.parametrize("function, quick", {case[2]: case[4] for case in speed.CASES}.items())
-def test_speed_measures_ours_and_a_peer(function, quick):
-    seconds = speed.measure(function(**quick), rounds=1, least=0)
+@pytest.mark.parametrize("function, sizes", {case[2]: case[3] for case in speed.CASES}.items())
+def test_speed_measures_ours_and_a_peer(function, sizes):
+    seconds = speed.measure(function(**sizes | speed.QUICK[function]), rounds=1, least=0)
     assert "ours" in seconds and len(seconds) >= 2
     assert all(0 < each < math.inf for each in seconds.values())
 
