@@ -94,12 +94,12 @@ UPDATES = {"warm-up": "test/return_warmup"} | {
 # ---------------------------------------------------------------- Coded MADDPG
 coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/", ""),
               ("spread, M = 3", "MADDPG, the default now", "coded_maddpg-simple_spread-500k", "eval/", "")]
-for world in ("adversary", "push", "tag"):
-    coded_rows.append((f"{world}, M = 3", "MADDPG",
-                       f"coded_maddpg-simple_{world}-total-steps-500000-num-agents-3", "eval/", ""))
-for world in ("spread", "adversary", "push", "tag"):
-    coded_rows.append((f"{world}, M = 8", "MADDPG",
-                       f"coded_maddpg-simple_{world}-total-steps-400000-num-agents-8", "eval/", ""))
+for env in ("adversary", "push", "tag"):
+    coded_rows.append((f"{env}, M = 3", "MADDPG",
+                       f"coded_maddpg-simple_{env}-total-steps-500000-num-agents-3", "eval/", ""))
+for env in ("spread", "adversary", "push", "tag"):
+    coded_rows.append((f"{env}, M = 8", "MADDPG",
+                       f"coded_maddpg-simple_{env}-total-steps-400000-num-agents-8", "eval/", ""))
 coded_rows.append(
     ("spread, M = 3, 15 learners, 4 stragglers", "sparse MDS code",
      "coded_maddpg-simple_spread-total-steps-200000-num-learners-15-engine-inline-num-stragglers-4",
