@@ -73,7 +73,8 @@ def table(columns, digits, rows):
         result = Result(name)
         minutes = statistics.mean(map(float, result.meta["minutes"].split()))
         steps = next(iter(result.final.values()))["global_step"] / 1e6
-        numbers = [write(result.number(prefix + tag), digits) for tag in columns.values()]
+        around = prefix if "{}" in prefix else prefix + "{}"
+        numbers = [write(result.number(around.format(tag)), digits) for tag in columns.values()]
         source = f"[{result.meta['commit'].split()[0][:7]}](results/{name}.csv)"
         lines.append([setting, method, *numbers, paper, len(result.final), f"{steps:.1f}", f"{minutes:.1f}",
                       source])
@@ -81,17 +82,16 @@ def table(columns, digits, rows):
 
 
 def speed_table():
-    """results/speed.csv, a row for each peer."""
-    lines = [["work", "unit", "ours, ms", "peer", "peer, ms", "ratio"],
-             ["---", "---", "---:", "---", "---:", "---:"]]
-    text = (HERE / "results" / "speed.csv").read_text().splitlines()
+    """results/speed.csv, a row for each case."""
+    text, lines = (HERE / "results" / "speed.csv").read_text().splitlines(), {}
     for row in csv.DictReader(line for line in text if not line.startswith("# ")):
         if row["who"] == "ours":
-            own = row["milliseconds"]
+            lines[row["case"]] = [row["case"], row["unit"], row["milliseconds"], ""]
         else:
-            who = f"{row['who']} {row['version']}".strip()
-            lines.append([row["case"], row["unit"], own, who, row["milliseconds"], row["times"]])
-    return markdown(lines)
+            peer = f"{row['who']} {row['version']}".strip()
+            lines[row["case"]][3] += f"{', ' * bool(lines[row['case']][3])}{peer}: {row['times']}"
+    head = ["work", "unit", "ours, ms", "times as long"]
+    return markdown([head, ["---", "---", "---:", "---"], *lines.values()])
 
 
 def markdown(lines):

@@ -105,7 +105,7 @@ def coded_maddpg(num_agents, batch_size):
     env = m.make_env(args, args.num_envs)
     spec, t = m.make_spec(args, env), itertools.count(1)
     nets, replay, engine = m.make_nets(spec, "cpu"), m.Replay(args, spec), m.make_engine(args, spec)
-    while not nets["n"]:  # until there is a batch to learn from
+    for _ in range(batch_size // 100 + 1):  # until there is a batch to learn from
         m.iterate(env, spec, nets, replay, engine, args, next(t))
     yield "ours", 1, lambda: m.iterate(env, spec, nets, replay, engine, args, next(t))
 
@@ -142,6 +142,7 @@ def lemol(batch_size, segment):
     import lemol as m
 
     args = m.Args(batch_size=batch_size, segment=segment)
+    args.stored_guesses = True  # as the oracle has it
     match = m.Match(args, m.make_env(args, 1))
     env = m.make_env(args, match.runs)
     m.iterate(match, env, args)  # the exploration
@@ -266,8 +267,7 @@ def measure(works, rounds=3, least=0.5):
 
 
 def parse(words=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("words", nargs="*", help="parts of the names of cases; none: all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--save", action="store_true", help="write benchmark/results/speed.csv")
