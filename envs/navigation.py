@@ -2,15 +2,15 @@
 2-D navigation ("nav2d"): a point walks to a goal that it cannot see (Finn et al., 2017, arXiv:1703.03400,
 Sec. 5.3).
 
-State     the position in the plane, start (0, 0), which is also the observation.
+State     the position in the plane, which is also the observation; it starts at (0, 0).
 Actions   the displacement: action_scale * a, each component clipped to [-0.1, 0.1].
-Reward    minus the Euclidean distance to the goal, after the step.
+Reward    minus the Euclidean distance to the goal after the step.
 End       both components closer than 0.01 to the goal. The row then rests where it is, with reward 0.
 Task      the goal, (2,), uniform on [-0.5, 0.5]^2.
 
-action_scale=1 hands the policy's action to the point as it is, as a common PyTorch implementation of MAML-RL
-does: a policy of standard deviation 1 then begins almost bang-bang. 0.1 is the MAML authors' own code, which
-maps [-1, 1] to the range of a step. Numbers under the two must not be compared.
+action_scale=1 takes the policy's action as it is, as a common PyTorch implementation of MAML-RL does: a
+policy of standard deviation 1 then starts almost bang-bang. 0.1 is the MAML authors' own code, which maps
+[-1, 1] to the range of a step. Do not compare numbers of the two.
 """
 
 import torch
@@ -43,7 +43,7 @@ class Navigation(Env):
         self.x, self.t = torch.where(alive, self.x + move, self.x), self.t + 1
         gap = self.x - self.task
         reward = torch.where(alive, -gap.norm(dim=1, keepdim=True), 0)  # (B, 1)
-        self.terminated = (gap.abs() < 0.01).all(1)  # for good: who has arrived rests
+        self.terminated = (gap.abs() < 0.01).all(1)  # and stays so: a point that has arrived rests
         truncated = torch.full_like(self.terminated, self.t >= self.horizon)
         return self.x.clone(), reward, self.terminated.clone(), truncated, {}
 

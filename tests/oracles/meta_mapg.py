@@ -111,14 +111,3 @@ def gradients(env, actor, eta, critic, peers, args, recorded=None):
     loss, critic_loss = chain_losses(env, actor, eta, critic, peers, args, recorded)
     *by_actor, by_eta = torch.autograd.grad(loss, [*actor.values(), eta])
     return by_actor, by_eta, torch.autograd.grad(critic_loss, [*critic.values()])
-
-
-class PythonGame:
-    """One matrix game without tensors, for the comparison of environments."""
-
-    def __init__(self, payoff):
-        self.payoff, self.state = payoff, 0
-
-    def step(self, mine, other):
-        self.state = 1 + len(self.payoff) * mine + other
-        return self.state, self.payoff[mine][other], self.payoff[other][mine]
