@@ -78,7 +78,7 @@ def to_pettingzoo(env, render_mode=None):
                 return {}, {}, {}, {}, {}
             dtype, names = torch.long if env.discrete else torch.float32, self.agents
             action = [np.asarray(actions[name])[None] for name in names]  # each (1,) or (1, A)
-            action = tuple(torch.as_tensor(a, dtype=dtype, device=self._device) for a in action)
+            action = tuple(torch.as_tensor(a, dtype=dtype, device=env.device) for a in action)
             action = action if env.num_agents > 1 else action[0]
             obs, reward, terminated, truncated, info = self._run(env.step, action)
             if terminated[0] or truncated[0]:
@@ -91,7 +91,6 @@ def to_pettingzoo(env, render_mode=None):
 
         def _obs(self, obs):
             obs = obs if env.num_agents > 1 else (obs,)
-            self._device = obs[0].device
             return {name: o[0].cpu().numpy().copy() for name, o in zip(self.possible_agents, obs)}
 
         def _run(self, call, argument):
@@ -216,9 +215,9 @@ class _Copies(Env):
 
     def step(self, action):
         action, reward = self.check_action(action), np.zeros((self.num_envs, self.num_agents), np.float32)
-        if self.discrete and not torch.is_tensor(action):
-            action = [a.argmax(1) for a in action]
-        action = [a.detach().cpu().numpy() for a in action]  # each (B,) or (B, A)
+        if isinstance(action, tuple):  # of floats; (N, B) numbers are an array
+            action = [a.detach().cpu().numpy() for a in action]
+            action = [a.argmax(1) for a in action] if self.discrete else action
         self.t += 1
         for b, env in enumerate(self.envs):
             if not env.agents:  # over

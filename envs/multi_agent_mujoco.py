@@ -75,17 +75,21 @@ class CheetahDir(Drivers):
         return self.task[rows, 0] * v - 0.1 * (a**2).sum(1), False
 
 
-class TwoAgentHalfCheetah(CheetahDir):
+class WholeCheetah(CheetahDir):
+    """Both drivers see all of it."""
+
     default_horizon, obs_dims, columns = 200, (17, 17), (slice(2, None),) * 2
 
+    def _judge(self, rows, after, v, a, u):
+        return self.task[rows, 0] * v - 0.1 * (u**2).sum(1), False
+
+
+class TwoAgentHalfCheetah(WholeCheetah):
     def __init__(self, name, num_envs, direction=1, **common):
         if direction not in (-1, 1):
             raise ValueError(f"{name}: direction must be -1 or 1, not {direction!r}")
         super().__init__(name, num_envs, **common)
         self.tasks = dict.fromkeys(("train", "test"), np.array([[float(direction)]]))
-
-    def _judge(self, rows, after, v, a, u):
-        return self.task[rows, 0] * v - 0.1 * (u**2).sum(1), False
 
 
 class HopperParam(Drivers):
@@ -145,7 +149,7 @@ GRID = 2.0**-10  # the unit of the weights, which are kept as whole numbers ...
 PEERS = os.path.join(os.path.dirname(__file__), "..", "benchmark", "peers", "half_cheetah_dir.npz")
 
 
-class HalfCheetahPeers(TwoAgentHalfCheetah):
+class HalfCheetahPeers(WholeCheetah):
     """To the right, with peers as tasks: whom agent 0 meets does not change the world, so reset() ignores
     them."""
 

@@ -26,7 +26,7 @@ class Pursuit(Env):
     """B grids, H steps. action[i]: (B,) long, or (B, A_i) float of which the largest counts."""
 
     discrete, soft, num_agents, num_adversaries, default_horizon = True, True, 2, 1, 25
-    agents, action_dims, action_splits = ("target", "uav"), (9, 5), ((9,), (5,))
+    action_dims, action_splits = (9, 5), ((9,), (5,))
 
     def __init__(self, name, num_envs, rows=3, cols=3, noise=(0.45, 0.3), listening=0.1, reward_scale=1.0,
                  **common):
@@ -50,7 +50,9 @@ class Pursuit(Env):
 
     def step(self, action):
         action = self.check_action(action)
-        action = action if torch.is_tensor(action) else torch.stack([a.argmax(1) for a in action])  # (2, B)
+        if isinstance(action, tuple):  # soft
+            action = torch.stack([a.argmax(1) for a in action])
+        action = torch.as_tensor(action, device=self.device)  # (2, B)
         moved = (self.place + MOVES.to(self.device)[action]).clamp(min=0).minimum(self.size - 1)
         alive = ~self.terminated
         self.place = torch.where(alive[:, None], moved, self.place)
