@@ -139,15 +139,14 @@ def goal_sets(spacing=0.1):
     one of D'' from those of D'' alone."""
     draw, sets = np.random.RandomState(1), {}
     for split, (inner, outer) in RINGS.items():
-        near = [] if split == "test2" else [g for goals in sets.values() for g in goals]
-        sets[split] = []
-        while len(sets[split]) < NUM_GOALS:
+        near = sets["train"] if split == "test" else np.empty((0, 2))
+        start = len(near)
+        while len(near) < start + NUM_GOALS:
             g = draw.uniform(-1.5, 1.5, size=2)
-            apart = all(np.linalg.norm(g - other) >= spacing for other in near)
-            if inner < np.linalg.norm(g) < outer and apart:
-                sets[split].append(g)
-                near.append(g)
-    return {split: np.array(goals) for split, goals in sets.items()}
+            if inner < np.linalg.norm(g) < outer and (np.linalg.norm(near - g, axis=1) >= spacing).all():
+                near = np.vstack([near, g])
+        sets[split] = near[start:]
+    return sets
 
 
 class GoalRobot(FiniteTasks, Bodies):

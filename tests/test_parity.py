@@ -11,6 +11,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from test_envs import tupled
 
 from envs import WORLDS, make
 from envs.adapters import from_pettingzoo
@@ -28,8 +29,14 @@ B = 6  # worlds side by side
 PARTICLES = [name for name, (module, _) in WORLDS.items() if module == "particle"]
 
 
-def tupled(x):
-    return (x,) if torch.is_tensor(x) else tuple(x)
+def put(env, goal=None, **state):
+    """Brings worlds into a state, worlds first: pos, vel (B, bodies, 2), action (B, sum A), goal (B, G), task
+    (B, D). What is not named stays. Returns the observations, as a tuple."""
+    for name, x in state.items():
+        getattr(env, "place" if name == "pos" and hasattr(env, "place") else name).T[:] = x
+    if hasattr(env, "goal"):
+        env._aim(env.goal if goal is None else np.array(goal, int).T)
+    return tupled(env._observe())
 
 
 def random_action(env, rng, soft):
@@ -83,11 +90,9 @@ def crowd(rng, worlds, env):
             agent.state.p_pos = world.agents[0].state.p_pos + rng.uniform(-0.06, 0.06, 2)
         for agent in world.agents:
             agent.state.p_vel = rng.uniform(-1.5, 1.5, 2) * agent.movable
-    return tupled(env.set_state(dict(
-        pos=[[body.state.p_pos for body in world.entities] for world in worlds],
-        vel=[[agent.state.p_vel for agent in world.agents] for world in worlds],
-        goal=[goals_of(env.name, world) for world in worlds],
-        action=np.zeros((len(worlds), sum(env.action_dims))))))
+    return put(env, action=0, goal=[goals_of(env.name, world) for world in worlds],
+               pos=[[body.state.p_pos for body in world.entities] for world in worlds],
+               vel=[[agent.state.p_vel for agent in world.agents] for world in worlds])
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -95,24 +100,24 @@ def crowd(rng, worlds, env):
 def test_the_same_steps_as_mpe2(name, ours, other, soft):
     env, rng = make(name, B, horizon=1000, **ours), np.random.default_rng(0)
     copies = [theirs(name, continuous_actions=soft, **other) for _ in range(B)]
-    raw, pushes = [copy.unwrapped for copy in copies], 0
-    assert env.agents == copies[0].possible_agents
-    assert env.obs_dims == tuple(copies[0].observation_space(a).shape[0] for a in env.agents)
+    raw, pushes, names = [copy.unwrapped for copy in copies], 0, copies[0].possible_agents
+    assert env.obs_dims == tuple(copies[0].observation_space(a).shape[0] for a in names)
+    assert env.num_adversaries == sum("adversary" in a or a == "eve_0" for a in names)
     for episode in range(4):
         for b, copy in enumerate(copies):
             copy.reset(seed=100 * episode + b)
         obs = crowd(rng, [r.world for r in raw], env)
         for _ in range(12):
-            for i, agent in enumerate(env.agents):
+            for i, agent in enumerate(names):
                 close(obs[i], np.stack([r.observe(agent) for r in raw]), rtol=1e-6, atol=1e-7)
             action, before = random_action(env, rng, soft), env.dist[: len(env.touch)]
             pushes += (before < env.touch[:, :, None]).sum()
             obs, reward, *_ = env.step(action)
-            obs, pos = tupled(obs), env.state()["pos"]
+            obs = tupled(obs)
             for b, copy in enumerate(copies):
-                moves = {a: x[b].numpy() if soft else int(x[b]) for a, x in zip(env.agents, tupled(action))}
+                moves = {a: x[b].numpy() if soft else int(x[b]) for a, x in zip(names, tupled(action))}
                 gain = list(copy.step(moves)[1].values())
-                close(pos[b], [body.state.p_pos for body in raw[b].world.entities], rtol=0, atol=1e-9)
+                close(env.place.T[b], [body.state.p_pos for body in raw[b].world.entities], rtol=0, atol=1e-9)
                 close(env.gain[:, b], gain, rtol=0, atol=1e-9)
                 close(reward[b], gain, rtol=1e-6, atol=1e-6)
     assert pushes > 4 * B or not len(env.touch)  # the forces were there
@@ -128,11 +133,11 @@ def test_an_episode_begins_like_theirs():
             copy.reset(seed=seed)
             starts.append([body.state.p_pos for body in copy.unwrapped.world.entities])
             goals.append(goals_of(name, copy.unwrapped.world))
-        ours, starts = env.state(), np.array(starts)
-        close(ours["pos"].min(0), starts.min(0), atol=0.06)  # 0.9 and 1 are told apart
-        close(ours["pos"].max(0), starts.max(0), atol=0.06)
-        assert not ours["vel"].any() and not ours["action"].any()
-        for mine, their in zip(ours["goal"].T, np.array(goals).T):
+        starts = np.array(starts)
+        close(env.place.T.min(0), starts.min(0), atol=0.06)  # 0.9 and 1 are told apart
+        close(env.place.T.max(0), starts.max(0), atol=0.06)
+        assert not env.vel.any() and not env.action.any()
+        for mine, their in zip(env.goal, np.array(goals).T):
             share = np.bincount(their) / 400
             close(np.bincount(mine, minlength=len(share)) / 400, share, atol=0.15)
 
@@ -147,8 +152,8 @@ def test_from_pettingzoo_plays_their_world_as_ours():
         assert getattr(env, member) == getattr(ours, member), member
     obs = env.reset()
     worlds = [copy.unwrapped.world for copy in env.envs]
-    mine = ours.set_state(dict(pos=[[body.state.p_pos for body in w.entities] for w in worlds],
-                               goal=[goals_of("simple_push", w) for w in worlds]))
+    mine = put(ours, pos=[[body.state.p_pos for body in w.entities] for w in worlds], vel=0,
+               goal=[goals_of("simple_push", w) for w in worlds])
     for t in range(10):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(obs, mine))
         action = random_action(ours, rng, False)
@@ -160,8 +165,7 @@ def test_from_pettingzoo_plays_their_world_as_ours():
 
 def original_step(env, b, action):
     """One step of world b by the rules of 2017, one body after the other: positions and velocities then."""
-    state, N = env.state(), env.num_agents
-    pos, vel = state["pos"][b].tolist(), state["vel"][b].tolist()
+    N, pos, vel = env.num_agents, env.place.T[b].tolist(), env.vel.T[b].tolist()
     force = []
     for i, a in enumerate(action):
         a = a[b].tolist()
@@ -202,10 +206,13 @@ def original_reward(env, pos):
         return [-2 * far(1, goal[0]) ** 2] * 2
     if env.name == "simple_reference":
         return [-(far(1, goal[0]) ** 2) - far(0, goal[1]) ** 2] * 2
-    assert env.name == "simple_world_comm"
     ramp = lambda x: 0 if x < 0.9 else 10 * (x - 0.9) if x < 1 else min(math.exp(2 * x - 2), 10)
-    meals = range(N + 1, N + 3)
     caught = [sum(touch(k, i) for k in range(K)) for i in range(K, N)]
+    if env.name == "simple_tag":
+        return [10 * sum(caught)] * K + \
+            [-10 * c - sum(ramp(abs(x)) for x in pos[i]) for i, c in enumerate(caught, K)]
+    assert env.name == "simple_world_comm"
+    meals = range(N + 1, N + 3)
     return [5 * sum(caught) - 0.1 * min(far(k, i) for i in range(K, N)) for k in range(K)] + \
         [2 * sum(touch(i, m) for m in meals) - 5 * caught[i - K] - 2 * sum(ramp(abs(x)) for x in pos[i])
          + 0.05 * min(far(i, m) for m in meals) for i in range(K, N)]
@@ -215,29 +222,29 @@ def original_reward(env, pos):
 def test_steps_of_the_original(name):
     env, rng = make(name, 5, dialect="mpe"), np.random.default_rng(1)
     env.reset()
-    env.set_state(dict(pos=0.3 * env.state()["pos"], vel=rng.uniform(-1, 1, (5, env.num_agents, 2))))
+    put(env, pos=0.3 * env.place.T, vel=rng.uniform(-1, 1, (5, env.num_agents, 2)))
     for _ in range(10):
         action = random_action(env, rng, True)
         wanted = [original_step(env, b, action) for b in range(5)]
         env.step(action)
         for b, (pos, vel) in enumerate(wanted):
-            close(env.state()["pos"][b], pos, rtol=0, atol=1e-9)
-            close(env.state()["vel"][b], vel, rtol=0, atol=1e-9)
+            close(env.place.T[b], pos, rtol=0, atol=1e-9)
+            close(env.vel.T[b], vel, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name, options", [
-    *((name, {}) for name in ("simple_spread", "simple_adversary", "simple_push", "simple_speaker_listener",
-                              "simple_reference", "simple_world_comm")),
+    *((name, {}) for name in ("simple_spread", "simple_tag", "simple_adversary", "simple_push",
+                              "simple_speaker_listener", "simple_reference", "simple_world_comm")),
     *((name, dict(num_agents=7, num_adversaries=3)) for name in ("simple_adversary", "simple_push",
                                                                 "simple_world_comm"))])
 def test_rewards_of_the_original(name, options):
     env, rng = make(name, 1, dialect="mpe", **options), np.random.default_rng(2)
     for scale in (0.2, 0.5, 1, 2):
         env.reset()
-        env.set_state(dict(pos=scale * env.state()["pos"]))
+        put(env, pos=scale * env.place.T)
         for _ in range(10):
             env.step(random_action(env, rng, True))
-            close(env.gain[:, 0], original_reward(env, env.state()["pos"][0].tolist()), rtol=0, atol=1e-9)
+            close(env.gain[:, 0], original_reward(env, env.place.T[0].tolist()), rtol=0, atol=1e-9)
 
 
 # ---------------- envs/targets.py: the rules written out body by body
@@ -321,11 +328,10 @@ def test_the_same_steps_as_the_rules_written_out(name, monkeypatch):
     B, rng = 5, np.random.default_rng(0)
     env, met = make(name, B, horizon=200), 0
     env.reset(torch.stack([env.all_tasks()[k % len(env.all_tasks())] for k in range(B)]))
-    state = env.state()
-    state["pos"][0] *= 0.25  # a crowd
-    worlds = zip(state["pos"], state["vel"], state["task"].astype(int).tolist())
+    env.pos[..., 0] *= 0.25  # a crowd
+    worlds = zip(env.pos.T, env.vel.T, env.task.T.astype(int).tolist())
     plain = [Plain(name, *world) for world in worlds]
-    obs = env.set_state(state)
+    obs = put(env)
     for _ in range(60):
         for i, o in enumerate(obs):
             close(o, [world.observe(i) for world in plain], atol=1e-5)
@@ -540,16 +546,6 @@ def reference(env):
     return twins
 
 
-def play_robots(env, steps, scale=1.0, seed=0):
-    """Everything that `steps` random actions return, and the states."""
-    draw, out = torch.Generator().manual_seed(seed), []
-    for _ in range(steps):
-        action = scale * torch.randn(env.num_envs, *env.action_dims, generator=draw)
-        obs, reward, terminated, truncated, info = env.step(action)
-        out.append((obs, reward, terminated, truncated, info["diverged"], torch.tensor(env.state)))
-    return [torch.stack(x) for x in zip(*out)]
-
-
 @pytest.mark.parametrize("name", LOCOMOTION)
 def test_locomotion_is_bit_equal_to_gymnasium(name):
     B, H, cheetah = 4, 200, name.startswith("half")
@@ -635,7 +631,7 @@ def test_goal_robots_are_one_mjdata_in_a_loop(name, stale):
     speed = 100 if name == "reacher2" else 50
     for _ in range(200):
         action = torch.randn(2, model.nu, generator=draw)
-        _, reward, terminated, _, info = env.step(action)
+        obs, reward, terminated, _, info = env.step(action)
         for b in np.flatnonzero(~over):
             robot, u = robots[b], action[b].double().clamp(-1, 1).numpy()
             robot.ctrl[:] = speed * u
@@ -646,7 +642,11 @@ def test_goal_robots_are_one_mjdata_in_a_loop(name, stale):
                 mujoco.mj_step(model, robot)
             assert np.array_equal(env.state[b, 1:], np.concatenate([robot.qpos, robot.qvel]))
             robot_q = before_last if stale else robot.qpos
-            p = fingertip(robot_q, *ARMS[name][1:]) if name in ARMS else robot_q[:2]
+            where = lambda q: fingertip(q, *ARMS[name][1:]) if name in ARMS else q[:2]
+            p, q, v = where(robot_q), robot.qpos, robot.qvel
+            seen = {"wheeled": [q[:3], np.sin(q[3:4]), np.cos(q[3:4]), v[:4]], "small_ant": [q, v]}
+            seen = seen.get(name, [np.cos(q), np.sin(q), v, where(q)])
+            close(obs[b].numpy(), np.concatenate(seen), rtol=1e-6, atol=1e-7)
             gap = np.linalg.norm(p - goal[b])
             close(reward[b, 0].item(), -gap - 0.001 * 0.5 * (u**2).sum(), rtol=1e-6)
             radius = {"wheeled": 0.02, "small_ant": 0.03, "reacher2": 0.06, "reacher4": 0.11}[name]
@@ -661,7 +661,7 @@ def test_goal_robots_are_one_mjdata_in_a_loop(name, stale):
 DRIVEN = {"cheetah_dir": "HalfCheetah", "hopper_param": "Hopper", "two_agent_half_cheetah": "HalfCheetah"}
 
 
-def put(twin, env, b):
+def bring(twin, env, b):
     """Brings a gymnasium env into row b's state and, for a Hopper, to its task's numbers."""
     if env.name == "hopper_param":
         for field, scale in zip(FIELDS, env.task[b]):
@@ -682,15 +682,6 @@ def steady(env, t):
     u = 8 * (0.05 * np.sin(0.3 * t) - q)[:, 3:] - 0.4 * v[:, 3:]
     u[:, 2] += 4 * q[:, 2] + v[:, 2] + 0.6 * v[:, 0]
     return [torch.tensor(np.clip(u[:, i : i + 1], -1.3, 1.3), dtype=torch.float32) for i in range(3)]
-
-
-def play_drivers(env, steps, scale=1.0, seed=0):
-    draw, out = torch.Generator().manual_seed(seed), []
-    for _ in range(steps):
-        obs, reward, terminated, truncated, info = env.step(drivers_actions(env, scale, draw))
-        state = torch.tensor(env.state)
-        out.append((torch.cat(obs, 1), reward, terminated, truncated, info["diverged"], state))
-    return [torch.stack(x) for x in zip(*out)]
 
 
 def compare(env, twins, step, seen, steps=200):
@@ -725,7 +716,7 @@ def test_drivers_are_bit_equal_to_gymnasium(name):
     torch.manual_seed(1)
     env = make(name, 8 if name == "hopper_param" else 3)
     obs = env.reset(torch.tensor([[1.0], [-1.0], [1.0]]) if "cheetah" in name else None)
-    twins = [put(gymnasium.make(f"{DRIVEN[name]}-v5").unwrapped, env, b) for b in range(env.num_envs)]
+    twins = [bring(gymnasium.make(f"{DRIVEN[name]}-v5").unwrapped, env, b) for b in range(env.num_envs)]
 
     def seen(b):
         d = twins[b].data
@@ -759,7 +750,7 @@ def test_drivers_are_bit_equal_to_mamujoco(name, conf):
     twins = []
     for b, world in enumerate(worlds):
         world.reset(seed=0)
-        twins.append(put(world.single_agent_env.unwrapped, env, b))
+        twins.append(bring(world.single_agent_env.unwrapped, env, b))
         assert [world.observation_space(a).shape[0] for a in world.possible_agents] == list(env.obs_dims)
         assert [world.action_space(a).shape[0] for a in world.possible_agents] == list(env.action_dims)
     seen = lambda b: worlds[b]._get_obs().values()
