@@ -155,6 +155,9 @@ class Particle(Env):
             out["collisions"] = hits.sum((0, 1))
             if K:
                 out["caught"] = hits[K:, :K].sum((0, 1))
+        if K and self.goals == 1:
+            far = self.dist[-1]  # (N, B), from the goal
+            out |= {"goal_distance_adversary": far[:K].min(0), "goal_distance_good": far[K:].min(0)}
         return {name: self.tensor(x) for name, x in (out | self.count()).items()}
 
     def count(self):
@@ -347,11 +350,6 @@ class Tag(Particle):
         return gain
 
 
-def goal_distances(env):
-    K, far = env.num_adversaries, env.dist[-1]  # (N, B)
-    return {"goal_distance_adversary": far[:K].min(0), "goal_distance_good": far[K:].min(0)}
-
-
 class Adversary(Particle):
     standard, fixed, half, solid, goals = (3, 1), False, False, False, 1
     radius, landmark_radius = 0.15, 0.08
@@ -370,9 +368,6 @@ class Adversary(Particle):
         gain[K:] = far[:K].sum(0) - far[K:].min(0)
         return gain
 
-    def count(self):
-        return goal_distances(self)
-
 
 class Push(Particle):
     standard, fixed, goals, colour = (2, 1), False, 1, (3, 0.25, 0.5, 1)
@@ -390,9 +385,6 @@ class Push(Particle):
         gain = -far
         gain[:K] += far[K:].min(0)
         return gain
-
-    def count(self):
-        return goal_distances(self)
 
 
 class SpeakerListener(Particle):

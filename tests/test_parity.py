@@ -163,28 +163,22 @@ def test_from_pettingzoo_plays_their_world_as_ours():
         assert torch.equal(terminated, ended) and torch.equal(truncated, cut) and cut.all() == (t == 9)
 
 
-def original_step(env, b, action):
-    """One step of world b by the rules of 2017, one body after the other: positions and velocities then."""
-    N, pos, vel = env.num_agents, env.place.T[b].tolist(), env.vel.T[b].tolist()
-    force = []
-    for i, a in enumerate(action):
-        a = a[b].tolist()
-        force.append([env.thrust[i, 0] * (a[1] - a[2]), env.thrust[i, 0] * (a[3] - a[4])])
-    for i in range(N):
-        for j in range(len(env.touch)):
-            if i != j:
-                dx, dy = pos[i][0] - pos[j][0], pos[i][1] - pos[j][1]
-                d = math.hypot(dx, dy)
-                depth = (env.radii[i] + env.radii[j] - d) / 1e-3
-                strength = 100 * 1e-3 * (math.log1p(math.exp(-abs(depth))) + max(depth, 0)) / d
-                force[i] = [force[i][0] + strength * dx, force[i][1] + strength * dy]
-    for i in range(N):
-        vel[i] = [0.75 * v + 0.1 * f for v, f in zip(vel[i], force[i])]
-        top = math.inf if env.limit is None else env.limit[i, 0]
-        speed = math.hypot(*vel[i])
-        vel[i] = [v * min(1, top / speed) for v in vel[i]]
-        pos[i] = [x + 0.1 * v for x, v in zip(pos[i], vel[i])]
-    return pos, vel
+def softplus(x):
+    return math.log1p(math.exp(-abs(x))) + max(x, 0)
+
+
+def plain_step(pos, vel, force, size, solid, top):
+    """(pos, vel) of one world after a step of 2017, one body after the other. The first len(vel) move; those
+    in `solid` push them off; top: the movers' speed limits."""
+    force = [list(f) for f in force]
+    for i in range(len(vel)):
+        for j in solid:
+            if j != i and (d := math.dist(pos[i], pos[j])) > 0:
+                push = 100 * 1e-3 * softplus((size[i] + size[j] - d) / 1e-3) / d
+                force[i] = [f + push * (x - y) for f, x, y in zip(force[i], pos[i], pos[j])]
+    vel = [[0.75 * v + 0.1 * f for v, f in zip(*both)] for both in zip(vel, force)]
+    vel = [[v * min(1, limit / max(math.hypot(*way), 1e-9)) for v in way] for way, limit in zip(vel, top)]
+    return [[x + 0.1 * v for x, v in zip(*both)] for both in zip(pos, vel)] + pos[len(vel) :], vel
 
 
 def original_reward(env, pos):
@@ -225,7 +219,12 @@ def test_steps_of_the_original(name):
     put(env, pos=0.3 * env.place.T, vel=rng.uniform(-1, 1, (5, env.num_agents, 2)))
     for _ in range(10):
         action = random_action(env, rng, True)
-        wanted = [original_step(env, b, action) for b in range(5)]
+        top = [math.inf] * env.num_agents if env.limit is None else env.limit[:, 0]
+        states = env.place.T.tolist(), env.vel.T.tolist(), torch.stack(action, 1).tolist()
+        wanted = []
+        for pos, vel, a in zip(*states):
+            force = [[t * (x[1] - x[2]), t * (x[3] - x[4])] for t, x in zip(env.thrust[:, 0], a)]
+            wanted.append(plain_step(pos, vel, force, env.radii, range(len(env.touch)), top))
         env.step(action)
         for b, (pos, vel) in enumerate(wanted):
             close(env.place.T[b], pos, rtol=0, atol=1e-9)
@@ -251,103 +250,50 @@ def test_rewards_of_the_original(name, options):
 TARGETS = ["spread", "spread_large", "hunting", "hunting_large"]
 
 
-def ramp(overlap):
-    """A softplus of width 1e-3, times 100."""
-    k = 1e-3
-    return 100 * k * (overlap / k + math.log1p(math.exp(-overlap / k)) if overlap > 0
-                      else math.log1p(math.exp(overlap / k)))
-
-
-class Plain:
-    """One world. bodies: dicts of p, v (lists of two numbers), size, and for movers accel and max."""
-
-    def __init__(self, name, pos, vel, task):
-        self.hunting, large = "hunting" in name, name.endswith("large")
-        self.n = 3 if self.hunting or large else 2
-        sizes = [0.1] * 3 + [0.05] * (2 + large) + [0.2] * (2 * large) if self.hunting else \
-            [0.15] * self.n + [0.05] * (self.n + 1)
-        self.movers = len(vel)
-        limit = lambda i: math.inf if not self.hunting else 1.0 if i < 3 else 1.2
-        self.bodies = [dict(p=list(p), size=s, v=list(vel[i]) if i < len(vel) else None, max=limit(i))
-                       for i, (p, s) in enumerate(zip(pos, sizes))]
-        self.task = task
-
-    def gap(self, a, b):
-        return math.dist(self.bodies[a]["p"], self.bodies[b]["p"])
-
-    def force(self, i, action):
-        me = self.bodies[i]
-        f = [(3.0 if self.hunting else 5.0) * u for u in action]
-        for axis in (0, 1):
-            for wall in (1.2, -1.2):
-                d = me["p"][axis] - wall
-                f[axis] += math.copysign(1, d) * ramp(me["size"] + 0.2 - abs(d)) if d else 0
-        for j, other in enumerate(self.bodies if self.hunting else []):
-            if j != i and (d := self.gap(i, j)) > 0:
-                push = ramp(me["size"] + other["size"] - d)
-                f = [f[axis] + push * (me["p"][axis] - other["p"][axis]) / d for axis in (0, 1)]
-        return f
-
-    def flee(self):
-        """The action of the prey that counts."""
-        prey = self.n + self.task.index(1)
-        near = min(range(self.n), key=lambda a: self.gap(a, prey))
-        a, b = self.bodies[near]["p"], self.bodies[prey]["p"]
-        return [(y - x) / self.gap(near, prey) for x, y in zip(a, b)]
-
-    def step(self, actions):
-        forces = [self.force(i, a) for i, a in enumerate(actions)]
-        for body, f in zip(self.bodies, forces):
-            body["v"] = [0.75 * v + 0.1 * x for v, x in zip(body["v"], f)]
-            if (speed := math.hypot(*body["v"])) > body["max"]:
-                body["v"] = [v / speed * body["max"] for v in body["v"]]
-        for body, _ in zip(self.bodies, forces):
-            body["p"] = [p + 0.1 * v for p, v in zip(body["p"], body["v"])]
-
-    def observe(self, i):
-        me = self.bodies[i]["p"]
-        way = lambda j: [self.bodies[j]["p"][x] - me[x] for x in (0, 1)]
-        others = [j for j in range(len(self.bodies)) if j != i]
-        if not self.hunting:
-            marks = others[self.n - 1 :]
-            return [*me, *(x for j in marks + others[: self.n - 1] for x in way(j))]
-        sees = lambda j: self.gap(i, j) < 1.414
-        ways = [x * sees(j) for j in others for x in way(j)]
-        return [*me, *ways, *(self.gap(i, j) * sees(j) for j in others)]
-
-    def rewards(self):
-        n, counts = self.n, [self.n + l for l, c in enumerate(self.task) if c]
-        if not self.hunting:
-            return [-n * sum(min(self.gap(a, l) for a in range(n)) for l in counts)] * n
-        far = [self.gap(a, counts[0]) for a in range(n)]
-        return [-0.1 * sum(far) + 10 * (d < 0.15) for d in far]
-
-
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_same_steps_as_the_rules_written_out(name, monkeypatch):
-    B, rng = 5, np.random.default_rng(0)
-    env, met = make(name, B, horizon=200), 0
-    env.reset(torch.stack([env.all_tasks()[k % len(env.all_tasks())] for k in range(B)]))
+    B, rng, met = 5, np.random.default_rng(0), 0
+    env, hunting, large = make(name, B, horizon=200), "hunting" in name, name.endswith("large")
+    env.reset(env.all_tasks()[torch.arange(B) % len(env.all_tasks())])
     env.pos[..., 0] *= 0.25  # a crowd
-    worlds = zip(env.pos.T, env.vel.T, env.task.T.astype(int).tolist())
-    plain = [Plain(name, *world) for world in worlds]
-    obs = put(env)
+    put(env)
+    N, M = (3, 5 + large) if hunting else (2 + large,) * 2
+    size = [0.15] * N + [0.05] * (N + 1)
+    if hunting:
+        size = [0.1] * 3 + [0.05] * (2 + large) + [0.2] * (2 * large)
+    top, solid = ([1.0] * 3 + [1.2] * (M - 3), range(len(size))) if hunting else ([math.inf] * N, [])
+    wall = lambda d, s: math.copysign(0.1, d) * softplus((s + 0.2 - abs(d)) / 1e-3)
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype=None: torch.full(shape, 0.75, dtype=dtype))
     for _ in range(60):
-        for i, o in enumerate(obs):
-            close(o, [world.observe(i) for world in plain], atol=1e-5)
-        pushes = 1.3 * rng.normal(size=(B, env.num_agents, 2)).astype(np.float32)
-        wander = 0.5 * np.ones((2, env.movers - env.num_agents, B))  # the draw 0.75 in all worlds
-        monkeypatch.setattr(torch, "rand", lambda *shape, dtype=None: torch.full(shape, 0.75, dtype=dtype))
-        obs, reward, terminated, _, _ = env.step([torch.tensor(pushes[:, i]) for i in range(env.num_agents)])
-        for b, world in enumerate(plain):
-            others = [wander[:, j, b].tolist() for j in range(env.movers - env.num_agents)]
-            if "hunting" in name:
-                others[world.task.index(1)] = world.flee()
-            met += any(world.gap(i, j) < world.bodies[i]["size"] + world.bodies[j]["size"]
-                       for i, j in combinations(range(len(world.bodies)), 2))
-            world.step([*pushes[b].tolist(), *others])
-        close(env.pos.T, [[body["p"] for body in world.bodies] for world in plain], atol=1e-10)
-        close(reward, [world.rewards() for world in plain], rtol=1e-5, atol=1e-5)
+        states = env.pos.T.tolist(), env.vel.T.tolist()
+        push = 1.3 * rng.normal(size=(B, N, 2)).astype(np.float32)
+        obs, reward, terminated, *_ = env.step(torch.tensor(push).unbind(1))
+        for b, (pos, vel, task) in enumerate(zip(*states, env.task.T.tolist())):
+            action = [*push[b].tolist(), *[[0.5, 0.5]] * (M - N)]  # who wanders draws 0.75
+            if hunting:  # the prey that counts flees
+                prey = N + task.index(1)
+                d, near = min((math.dist(p, pos[prey]), p) for p in pos[:N])
+                action[prey] = [(y - x) / d for x, y in zip(near, pos[prey])]
+            force = [[(3 if hunting else 5) * u + wall(x - 1.2, s) + wall(x + 1.2, s) for u, x in zip(a, p)]
+                     for a, p, s in zip(action, pos, size)]
+            pos, _ = plain_step(pos, vel, force, size, solid, top)
+            close(env.pos.T[b], pos, rtol=0, atol=1e-10)
+            far = [[math.dist(p, q) for q in pos] for p in pos]
+            met += any(far[i][j] < size[i] + size[j] for i, j in combinations(range(len(pos)), 2))
+            for i in range(N):
+                others = [j for j in range(len(pos)) if j != i]
+                others = others if hunting else others[N - 1 :] + others[: N - 1]
+                sees = [not hunting or far[i][j] < 1.414 for j in others]
+                ways = [s * (y - x) for j, s in zip(others, sees) for x, y in zip(pos[i], pos[j])]
+                dists = [s * far[i][j] for j, s in zip(others, sees)] if hunting else []
+                close(obs[i][b], [*pos[i], *ways, *dists], atol=1e-5)
+            counts = [N + k for k, c in enumerate(task) if c]
+            if hunting:
+                gaps = [far[i][counts[0]] for i in range(N)]
+                wanted = [-0.1 * sum(gaps) + 10 * (d < 0.15) for d in gaps]
+            else:
+                wanted = [-N * sum(min(far[i][j] for i in range(N)) for j in counts)] * N
+            close(reward[b], wanted, rtol=1e-5, atol=1e-5)
         assert not terminated.any()
     assert met  # bodies did touch
 
