@@ -25,7 +25,7 @@ UP, DOWN, WEST, EAST = range(4)
 
 
 # ---------------- envs/particle.py: mpe2, and the rules of 2017 written out
-B = 6  # worlds side by side
+B = 4  # worlds side by side
 PARTICLES = [name for name, (module, _) in WORLDS.items() if module == "particle"]
 
 
@@ -103,23 +103,25 @@ def test_the_same_steps_as_mpe2(name, ours, other, soft):
     raw, pushes, names = [copy.unwrapped for copy in copies], 0, copies[0].possible_agents
     assert env.obs_dims == tuple(copies[0].observation_space(a).shape[0] for a in names)
     assert env.num_adversaries == sum("adversary" in a or a == "eve_0" for a in names)
-    for episode in range(4):
+    for episode in range(3):
         for b, copy in enumerate(copies):
             copy.reset(seed=100 * episode + b)
-        obs = crowd(rng, [r.world for r in raw], env)
+        obs, gain = crowd(rng, [r.world for r in raw], env), [[]] * B
+        seen = [[r.observe(agent) for agent in names] for r in raw]
         for _ in range(12):
-            for i, agent in enumerate(names):
-                close(obs[i], np.stack([r.observe(agent) for r in raw]), rtol=1e-6, atol=1e-7)
+            for b in range(B):
+                assert all(np.allclose(o[b], x, rtol=1e-6, atol=1e-7) for o, x in zip(obs, seen[b]))
             action, before = random_action(env, rng, soft), env.dist[: len(env.touch)]
             pushes += (before < env.touch[:, :, None]).sum()
             obs, reward, *_ = env.step(action)
             obs = tupled(obs)
             for b, copy in enumerate(copies):
                 moves = {a: x[b].numpy() if soft else int(x[b]) for a, x in zip(names, tupled(action))}
-                gain = list(copy.step(moves)[1].values())
-                close(env.place.T[b], [body.state.p_pos for body in raw[b].world.entities], rtol=0, atol=1e-9)
-                close(env.gain[:, b], gain, rtol=0, atol=1e-9)
-                close(reward[b], gain, rtol=1e-6, atol=1e-6)
+                seen[b], gain[b], *_ = (list(x.values()) for x in copy.step(moves))
+            place = [[body.state.p_pos for body in r.world.entities] for r in raw]
+            close(env.place.T, place, rtol=0, atol=1e-9)
+            close(env.gain.T, gain, rtol=0, atol=1e-9)
+            close(reward, gain, rtol=1e-6, atol=1e-6)
     assert pushes > 4 * B or not len(env.touch)  # the forces were there
 
 
@@ -424,7 +426,7 @@ def same(env, worlds, b):
     assert {s.id - 1 for s in world.request_queue} == set(np.flatnonzero(env.requested[b]))
 
 
-@pytest.mark.parametrize("N, episodes", [(4, 12), (12, 6)])
+@pytest.mark.parametrize("N, episodes", [(4, 4), (12, 3)])
 def test_same_as_rware_step_by_step(N, episodes, monkeypatch):
     rware = pytest.importorskip("rware.warehouse")
     same_order(monkeypatch, rware)
@@ -448,18 +450,18 @@ def test_same_as_rware_step_by_step(N, episodes, monkeypatch):
                 same(env, worlds, b)
             paid += reward.sum().item()
             stuck += ((action.numpy() == FORWARD) & (env.cell == before)).sum()
-    assert paid > 10 * episodes and stuck > 1000  # deliveries and collisions were compared
+    assert paid > 10 * episodes and stuck > 80 * episodes  # deliveries and collisions were compared
 
 
 def test_rware_as_it_comes_differs_only_between_equal_chains():
     rware = pytest.importorskip("rware.warehouse")
     torch.manual_seed(0)
-    draw, layouts, differ, B = np.random.default_rng(0), list(LAYOUTS) * 2, 0, 10
-    env = make("rware", B, horizon=500)
+    draw, layouts, differ, B, H = np.random.default_rng(0), list(LAYOUTS) * 2, 0, 10, 200
+    env = make("rware", B, horizon=H)
     env.reset(one_hot(*layouts))
     load(env, draw)
     worlds = [twin(rware, env, b, layouts[b]) for b in range(B)]
-    for _ in range(500):
+    for _ in range(H):
         before, action = env.cell.copy(), bold(env, draw)
         obs, reward, *_ = env.step(list(action.T))
         for b in range(B):
@@ -473,7 +475,7 @@ def test_rware_as_it_comes_differs_only_between_equal_chains():
             assert (now != before[b]).sum() == (mine != before[b]).sum()  # as many robots move
             assert {*mine} - {*before[b]} == {*now} - {*before[b]}  # into the same cells
             worlds[b] = twin(rware, env, b, layouts[b])  # it goes on from our state
-    assert differ < 0.005 * 500 * B
+    assert differ < 0.005 * H * B
 
 
 # ---------------- envs/mujoco.py: gymnasium's HalfCheetah-v5 and Ant-v5, bit by bit
