@@ -329,15 +329,6 @@ def one_hot(*layouts):
     return torch.eye(5)[[list(LAYOUTS).index(k) for k in layouts]]
 
 
-def place(env, b, robots, requested=None):
-    """Puts robots (x, y, direction) into row b; they carry nothing."""
-    env.cell[b] = [number(x, y) for x, y, _ in robots]
-    env.direction[b] = [d for *_, d in robots]
-    if requested is not None:
-        env.requested[b] = False
-        env.requested[b, requested] = True
-
-
 class Luck:
     """Stands for rware's random generator: chooses what our row chose."""
 
@@ -345,13 +336,10 @@ class Luck:
         self.env, self.b = env, b
 
     def choice(self, candidates):
-        u = self.env.luck[self.b, 2 * (self.env.t - 1) + self.goal(candidates)]
-        return candidates[int(u * len(candidates))]
-
-    def goal(self, candidates):
-        """Which goal asks. It asks with the list as it is, so the shelf on the first goal is still on it."""
+        # Which goal asks? It asks with the list as it is, so the shelf on the first goal is still on it.
         first = self.world.grid[1, 9, 4]
-        return 0 if first and self.world.shelfs[first - 1] in self.world.request_queue else 1
+        goal = 0 if first and self.world.shelfs[first - 1] in self.world.request_queue else 1
+        return candidates[int(self.env.luck[self.b, 2 * (self.env.t - 1) + goal] * len(candidates))]
 
 
 def twin(rware, env, b, layout):
@@ -415,8 +403,8 @@ def same_order(monkeypatch, rware):
         algorithms=networkx.algorithms, NetworkXNoCycle=networkx.NetworkXNoCycle))
 
 
-def same(env, worlds, b):
-    world, none = worlds[b], env.shelf.shape[1] - 1
+def same(env, world, b):
+    none = env.shelf.shape[1] - 1
     where = lambda cell: (int(cell % WIDTH) - 2, int(cell // WIDTH) - 2)
     carried = [r.carrying_shelf.id - 1 if r.carrying_shelf else none for r in world.agents]
     assert [(r.x, r.y) for r in world.agents] == [where(c) for c in env.cell[b]]
@@ -431,7 +419,7 @@ def test_same_as_rware_step_by_step(N, episodes, monkeypatch):
     rware = pytest.importorskip("rware.warehouse")
     same_order(monkeypatch, rware)
     torch.manual_seed(N)
-    draw, layouts, paid, stuck, B = np.random.default_rng(N), list(LAYOUTS) * 2, 0, 0, 10
+    draw, layouts, paid, stuck, B = np.random.default_rng(N), [*LAYOUTS] * 2, 0, 0, 10
     env = make("rware", B, num_agents=N)
     for _ in range(episodes):
         env.reset(one_hot(*layouts))
@@ -447,7 +435,7 @@ def test_same_as_rware_step_by_step(N, episodes, monkeypatch):
             for b in range(B):
                 theirs[b], wanted, done, late, _ = worlds[b].step(action[b].tolist())
                 assert reward[b].tolist() == wanted and not done and not late and not terminated[b]
-                same(env, worlds, b)
+                same(env, worlds[b], b)
             paid += reward.sum().item()
             stuck += ((action.numpy() == FORWARD) & (env.cell == before)).sum()
     assert paid > 10 * episodes and stuck > 80 * episodes  # deliveries and collisions were compared
@@ -620,10 +608,6 @@ def bring(twin, env, b):
     return twin
 
 
-def drivers_actions(env, scale, draw):
-    return [scale * torch.randn(env.num_envs, n, generator=draw) for n in env.action_dims]
-
-
 def steady(env, t):
     """Feedback that keeps hoppers on their foot for about 45 steps."""
     q, v = env.state[:, 1:7], env.state[:, 7:]
@@ -632,12 +616,15 @@ def steady(env, t):
     return [torch.tensor(np.clip(u[:, i : i + 1], -1.3, 1.3), dtype=torch.float32) for i in range(3)]
 
 
-def compare(env, twins, step, seen, steps=200):
+def compare(env, obs, twins, step, seen):
     """Steps both side by side, also on after a fall. step(b, joint action) -> reward, ended, info; seen(b) ->
     what the drivers see. Returns how often a row was healthy and how often not."""
     draw, count = torch.Generator().manual_seed(0), np.zeros(2, int)
-    for t in range(steps):
-        action = steady(env, t) if env.name == "hopper_param" and t < 100 else drivers_actions(env, 1.0, draw)
+    look = lambda: [np.stack(x).astype(np.float32) for x in zip(*map(seen, range(env.num_envs)))]
+    assert all(map(equal, obs, look()))
+    for t in range(200):
+        action = [torch.randn(env.num_envs, n, generator=draw) for n in env.action_dims]
+        action = steady(env, t) if env.name == "hopper_param" and t < 100 else action
         obs, reward, terminated, _, info = env.step(action)
         env.terminated[:] = False  # nobody rests here
         joint = torch.cat(action, 1).double().numpy()
@@ -645,8 +632,6 @@ def compare(env, twins, step, seen, steps=200):
             twin.data.qacc_warmstart[:] = 0  # the stated convention
             wanted, ended, paid = step(b, joint[b])
             assert equal(env.state[b, 1:], np.concatenate([twin.data.qpos, twin.data.qvel]))
-            for mine, theirs in zip(obs, seen(b)):
-                assert equal(mine[b].numpy(), np.asarray(theirs).astype(np.float32))
             if env.name == "cheetah_dir":
                 wanted = env.task[b, 0] * paid["reward_forward"] + paid["reward_ctrl"]
             elif env.name == "two_agent_half_cheetah":
@@ -655,7 +640,7 @@ def compare(env, twins, step, seen, steps=200):
             assert equal(reward[b].numpy(), np.full(env.num_agents, wanted).astype(np.float32))
             assert terminated[b].item() == ended
             count[int(ended)] += 1
-        assert not info["diverged"].any()
+        assert all(map(equal, obs, look())) and not info["diverged"].any()
     return count
 
 
@@ -681,10 +666,7 @@ def test_drivers_are_bit_equal_to_gymnasium(name):
         _, reward, ended, _, info = twins[b].step(joint)
         return reward, ended, info
 
-    for b in range(env.num_envs):
-        for mine, theirs in zip(obs, seen(b)):
-            assert equal(mine[b].numpy(), np.asarray(theirs).astype(np.float32))
-    healthy, fallen = compare(env, twins, step, seen)
+    healthy, fallen = compare(env, obs, twins, step, seen)
     assert healthy >= 40 * env.num_envs and (fallen > 0) == (name == "hopper_param")
 
 
@@ -701,17 +683,13 @@ def test_drivers_are_bit_equal_to_mamujoco(name, conf):
         twins.append(bring(world.single_agent_env.unwrapped, env, b))
         assert [world.observation_space(a).shape[0] for a in world.possible_agents] == list(env.obs_dims)
         assert [world.action_space(a).shape[0] for a in world.possible_agents] == list(env.action_dims)
-    seen = lambda b: worlds[b]._get_obs().values()
-    for b in range(4):
-        for mine, theirs in zip(obs, seen(b)):
-            assert equal(mine[b].numpy(), theirs.astype(np.float32))
 
     def step(b, joint):
         parts = np.split(joint, np.cumsum(env.action_dims)[:-1])
         out = worlds[b].step(dict(zip(worlds[b].possible_agents, parts)))
         return out[1]["agent_0"], out[2]["agent_0"], out[4]["agent_0"]
 
-    compare(env, twins, step, seen)
+    compare(env, obs, twins, step, lambda b: worlds[b]._get_obs().values())
 
 
 def test_healthy_is_gymnasiums():

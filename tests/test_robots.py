@@ -1,10 +1,7 @@
-"""What robots do beyond tests/test_parity.py: models against published numbers, starts, tasks, rows that end,
-one model a row, frames."""
+"""What robots do beyond tests/test_parity.py: models against published numbers; starts, ends, frames."""
 
 import importlib
-import subprocess
 import sys
-from pathlib import Path
 
 import mujoco
 import numpy as np
@@ -57,15 +54,6 @@ def test_where_robots_fall():
         assert make(name, 1)._fallen(state).tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("name", ["half_cheetah_dir", "ant_dir"])
-def test_directions_are_a_fair_coin(name):
-    torch.manual_seed(0)
-    env = make(name, 1)
-    for split in "train", "test":
-        tasks = env.sample_tasks(10_000, split)
-        assert set(tasks.flatten().tolist()) == {-1.0, 1.0} and abs(tasks.mean()) < 0.05
-
-
 def test_direction_of_the_two_agent_cheetah():
     env = make("two_agent_half_cheetah", 3, direction=-1)
     env.reset()
@@ -92,7 +80,7 @@ def test_tasks_of_the_hopper():
             assert equal(getattr(env.sim.model, field), base[field])
 
 
-# ---------------------------------------------------------------- rows that diverge, rows with a model
+# ---------------------------------------------------------------- rows that diverge
 @pytest.mark.parametrize("fault", ["state", "action", "nan"])
 def test_a_diverged_row_is_ended_and_counted(fault, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
@@ -130,25 +118,6 @@ def test_divergence_in_the_last_physics_step_is_seen():
     state[1, 1], state[1, 10] = 9.99e9, 9e9  # sound as the step begins, beyond mjMAXVAL after it
     after, diverged = sim.step(state, np.zeros((2, 6)), np.arange(2))
     assert after[1, 0] == 0.01 and diverged.tolist() == [False, True]
-
-
-def test_no_log_file_from_a_fresh_process(tmp_path):
-    root = Path(__file__).parent.parent
-    code = (f"import sys; sys.path.insert(0, {str(root)!r}); import envs, torch; "
-            "env = envs.make('half_cheetah_dir', 2); env.reset(); env.state[0, 12] = 1e12; "
-            "assert env.step(torch.zeros(2, 6))[4]['diverged'].tolist() == [True, False]")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == done.stderr == "" and list(tmp_path.iterdir()) == []
-
-
-def test_a_simulator_of_some_rows_uses_their_own_models():
-    torch.manual_seed(0)
-    env = make("hopper_param", 4, threads=2)
-    env.reset(env.all_tasks()[[3, 1, 3, 0]])
-    env.state[:] = env.state[0]
-    after = env.sim.step(env.state, np.ones((4, 3)), np.arange(4))[0].copy()
-    assert equal(after[0], after[2]) and not equal(after[0], after[1])
-    assert equal(env.sim.step(env.state[:2], np.ones((2, 3)), np.array([1, 3]))[0], after[[1, 3]])
 
 
 # ---------------------------------------------------------------- goal robots

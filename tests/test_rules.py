@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from test_envs import actions, step, tupled
-from test_parity import BOTH, PARTICLES, TARGETS, bold, load, one_hot, place, put, text
+from test_parity import BOTH, PARTICLES, TARGETS, bold, load, one_hot, put, text
 
 from envs import make
 from envs.base import STRIPES
 from envs.targets import walls
-from envs.warehouse import CELLS, LAYOUTS, WIDTH, may_move
+from envs.warehouse import CELLS, LAYOUTS, WIDTH, may_move, number
 
 close = torch.testing.assert_close
 UP, DOWN, WEST, EAST = range(4)
@@ -254,7 +254,7 @@ def test_picture_of_the_warehouse():
     torch.manual_seed(0)
     env = make("rware", 2)
     env.reset(one_hot("left", "right"))
-    place(env, 1, [(0, 0, UP), (9, 0, DOWN), (0, 9, WEST), (9, 9, EAST)])
+    env.cell[1], env.direction[1] = [number(x, y) for x in (0, 9) for y in (0, 9)], [UP, WEST, DOWN, EAST]
     frame = env.render(1)
     middle = lambda x, y: frame[24 * y + 12, 24 * x + 12].tolist()
     assert middle(0, 0) == middle(9, 9) == [70, 120, 230] and middle(6, 3) in ([180, 140, 100], [210, 70, 60])
