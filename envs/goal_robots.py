@@ -2,28 +2,28 @@
 Four robots that roll, walk or reach to a hidden goal (Lan et al., IJCAI 2019, arXiv:1905.06527), on the
 batched Simulator of envs/mujoco.py.
 
-World      Robot                                                           O    A   Speed    Arrived within
+Env        Robot                                                           O    A   Speed    Arrived within
 wheeled    a car on two driven wheels                                      9    2   50 rad/s   0.02
 small_ant  an ant with limbs at 40 % of the size of gymnasium's           29    8   50 rad/s   0.03
 reacher2   an arm of two links; p is its fingertip                         8    2  100 rad/s   0.06
 reacher4   an arm of four links                                           14    4   50 rad/s   0.11
 
 Names     `small_ant`, because ant_goal is MAML's full-size ant with another reward; arms by their links.
-Actions   u = a clipped to [-1, 1], times the speed above: the velocity that is commanded to each joint for 5
+Actions   u = a clipped to [-1, 1], times the speed above: the commanded velocity of each joint for 5
           physics steps (0.05 s). All actuators are servos, torque = command - velocity.
-Reward    -|p - goal| - 0.0005 |u|^2, p the position in the plane after the step: 0.0005, as in the authors'
-          code, where the supplement has 0.001. No prize for arrival: the episode ends, and with it the
-          negative rewards. Standing still scores about -156, -147 and -264 on the three sets of goals
-          (wheeled, small_ant).
+Reward    -|p - goal| - 0.0005 |u|^2, where p is the position in the plane after the step. The factor 0.0005
+          is that of the authors' code; the supplement has 0.001. Arrival earns nothing: the episode ends, and
+          with it the negative rewards. Standing still scores about -156, -147 and -264 on the three sets of
+          goals (wheeled, small_ant).
 Start     always the same pose, at rest: nothing is drawn. The goal is hidden, p observed.
 End       |p - goal| < the last column; small_ant: torso height outside [0.15, 0.45]; a row that diverges, as
-          in envs/mujoco.py. info has "arrived" and "diverged", (B,) bool. Who has ended is not simulated.
+          in envs/mujoco.py. info has "arrived" and "diverged", (B,) bool. Ended rows are not simulated.
 Tasks     three fixed sets of 100 goals (2,), drawn once: split "train" (D) and "test" (D')
           on the ring 0.2 < |g| < 1.1, all at least 0.1 apart (reacher4: 0.11), and "test2" (D'') beyond it,
-          on 1.1 < |g| < 1.5. So the three never overlap. sample_tasks(n, split) draws n different ones of
-          the 100 from torch's global CPU stream; beyond 100 they come again.
+          on 1.1 < |g| < 1.5. So the three never overlap. sample_tasks(n, split) draws n different goals of
+          the 100 from torch's global CPU stream; beyond 100 they repeat.
 
-The models are our own text of the published numbers; all masses sum to 24 kg. p comes from qpos. The authors
+The model files are ours, from the published numbers; all masses sum to 24 kg. p comes from qpos. The authors
 read a body position that is one physics step old under the Euler integrator (wheeled: 8 mm on average);
 stale=True does the same. The solver starts each env step from zero, see envs/mujoco.py.
 """
@@ -58,7 +58,7 @@ def model_text(option, default, body, joints, speed):
 </mujoco>"""
 
 
-# Meets the robots' geoms, and nothing else meets anything: it alone has a conaffinity.
+# Only the floor has a conaffinity: the robots' geoms touch it, and nothing else touches anything.
 FLOOR = '<geom name="floor" type="plane" size="40 40 1" contype="0" conaffinity="1" rgba="0.9 0.9 0.9 1"/>'
 
 
@@ -103,7 +103,7 @@ def small_ant_text():
 
 
 def reacher_text(links, length, last, mass, tip, speed):
-    """`links` links of `length`; the tip sits `last` beyond the last hinge. Nothing touches anything."""
+    """An arm of `links` links of `length`; its tip is `last` beyond the last hinge. Nothing ever touches."""
     body, limit = "", 160 * np.pi / 180
     for i in reversed(range(links)):
         inner = body or f'<geom type="sphere" size="0.1" pos="{last} 0 0" mass="{tip}" rgba="0 0.3 0.8 1"/>'
@@ -127,7 +127,7 @@ ANT_POSE = [0, 0, 0.25, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1]
 
 
 def fingertip(q, length, last):
-    """(..., 2) of joint angles q (..., links): each link turns all that follow."""
+    """The tip's position (..., 2) from joint angles q (..., links): each link turns all that follow."""
     angle = np.cumsum(q, axis=-1)
     reach = np.array([*[length] * (q.shape[-1] - 1), last])
     return np.stack([(reach * np.cos(angle)).sum(-1), (reach * np.sin(angle)).sum(-1)], axis=-1)
@@ -135,8 +135,8 @@ def fingertip(q, length, last):
 
 @functools.cache
 def goal_sets(spacing=0.1):
-    """{split: (100, 2)}: D, D' and D'' in one stream. A goal of D or D' keeps its distance from all of both,
-    one of D'' from those of D'' alone."""
+    """{split: (100, 2)}: D, D' and D'' from one stream. A goal of D or D' keeps its distance from all goals
+    of both, a goal of D'' from those of D'' alone."""
     draw, sets = np.random.RandomState(1), {}
     for split, (inner, outer) in RINGS.items():
         near = sets["train"] if split == "test" else np.empty((0, 2))

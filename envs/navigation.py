@@ -2,9 +2,9 @@
 2-D navigation ("nav2d"): a point walks to a goal that it cannot see (Finn et al., 2017, arXiv:1703.03400,
 Sec. 5.3).
 
-State     the position in the plane, start (0, 0), which is also the observation.
+State     the position in the plane, which is also the observation; it starts at (0, 0).
 Actions   the displacement, each component clipped to [-0.1, 0.1].
-Reward    minus the Euclidean distance to the goal, after the step.
+Reward    minus the Euclidean distance to the goal after the step.
 End       both components closer than 0.01 to the goal. The row then rests where it is, with reward 0.
 Task      the goal, (2,), uniform on [-0.5, 0.5]^2.
 """
@@ -33,7 +33,7 @@ class Navigation(Env):
         self.t += 1
         gap = self.x - self.task
         reward = torch.where(alive, -gap.norm(dim=1, keepdim=True), 0)  # (B, 1)
-        self.terminated = (gap.abs() < 0.01).all(1)  # for good: who has arrived rests
+        self.terminated = (gap.abs() < 0.01).all(1)  # and stays so: a point that has arrived rests
         truncated = torch.full_like(self.terminated, self.t >= self.horizon)
         return self.x.clone(), reward, self.terminated.clone(), truncated, {}
 

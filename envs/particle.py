@@ -1,33 +1,33 @@
 """
-Particle worlds: discs on a plane that cover, push, chase, hide and talk (Mordatch and Abbeel, 2018,
-arXiv:1703.04908; Lowe et al., 2017, arXiv:1706.02275). Nine scenarios on one physics step.
+Particle envs: discs on a plane that cover, push, chase, hide and talk (Mordatch and Abbeel, 2018,
+arXiv:1703.04908; Lowe et al., 2017, arXiv:1706.02275). Nine scenarios share one physics step.
 
     env = make("simple_tag", 256, num_agents=8, num_adversaries=4, dialect="mpe")
 
-State     positions and velocities; landmarks stand still. Adversaries are the first agents.
-Actions   of a mover: 0 stay, then a push along -x, +x, -y, +y; of a speaker: one of W words.
-          (B,) long, or (B, A_i) floats that are used as they are: the soft vectors of MADDPG. All agents give
-          the same kind. env.action_splits[i] holds the sizes of agent i's blocks: (5,), (3,), or (5, 10) for
-          one who moves and speaks, whose (B,) long is move + 5 * word.
-Reward    and observation: see each scenario, below.
-End       at the horizon, 25.
+State     positions and velocities; landmarks stand still. The first agents are the adversaries.
+Actions   A mover has five: 0 stay, then a push along -x, +x, -y, +y. A speaker has W words. Actions are (B,)
+          long, or (B, A_i) floats that are used as they are: the soft vectors of MADDPG. All agents give the
+          same kind. env.action_splits[i] holds the sizes of agent i's blocks: (5,), (3,), or (5, 10) for an
+          agent that moves and speaks, whose (B,) long is move + 5 * word.
+Reward    and observation: see each scenario below.
+End       at the horizon, 25 steps.
 
   scenario                  agents (adversaries)  landmarks
-  simple                    1                     1                         go there
+  simple                    1                     1                         go to it
   simple_spread             3, or N               N                         cover them all, without collisions
   simple_tag                4 (3), or N (K)       2, or more for many       chase; landmarks are obstacles
-  simple_adversary          3 (1), or N (K)       N - 1, one the goal       be there, hide which one it is
+  simple_adversary          3 (1), or N (K)       N - 1, one the goal       reach it, hide which one it is
   simple_push               2 (1), or N (K)       2, one the goal           keep the good agents away from it
   simple_speaker_listener   2                     3, one the goal           one knows it, the other moves
   simple_reference          2                     3, a goal for each        each knows where the other must go
   simple_crypto             3 (1)                 2                         a message, a key, and Eve listens
   simple_world_comm         6 (4), or N (K)       obstacle, 2 food, 2 forests   tag with hiding and a leader
 
-N and K are num_agents and num_adversaries, 1 <= K < N. Where only N is given, and is not the standard one, K
+N and K are num_agents and num_adversaries, 1 <= K < N. If only N is given and is not the standard number, K
 is half of it, rounded up (simple_adversary: 1). Tag has max(N // 4, min(N // 2, 2)) obstacles.
 
-Dialects  "mpe2" (default) is the maintained package of that name; "mpe" is the original of 2017, from which
-          most papers' numbers come. They are different games: scores must not be compared.
+Dialects  "mpe2" (default) is the maintained package of that name. "mpe" is the original of 2017, from which
+          most papers' numbers come. They are different games: do not compare their scores.
                                     mpe2                                    mpe
           a step                    x moves by the old v, then v changes    v changes, then x moves by it
           push 1, 2, 3, 4           -x, +x, -y, +y                          +x, -x, +y, -y
@@ -36,11 +36,11 @@ Dialects  "mpe2" (default) is the maintained package of that name; "mpe" is the 
           simple_adversary          adversary: -distance                    -distance^2
           simple_speaker_listener   -distance^2                             twice that: summed over agents
           simple_reference          -distance; (own + mean) / 2             -distance^2 summed over agents
-          simple_world_comm         -0.05 distance to the nearest food      +0.05, a slip of the sign
+          simple_world_comm         -0.05 distance to the nearest food      +0.05, a sign error
 
-What makes it fast: all that can be observed (velocities, positions, relative positions, words, colours) are
-rows of one array, `sheet` (R, B). An observation is a list of row numbers, made once; observing is a gather.
-NumPy in float64 inside: float32 gained 0 to 40 % from 256 worlds on and nothing below.
+Why it is fast: everything that can be observed (velocities, positions, relative positions, words, colours) is
+a row of one array, `sheet` (R, B). An observation is a list of row numbers, made once; observing is a gather.
+NumPy works in float64: float32 gained 0 to 40 % from 256 envs on, and nothing below.
 """
 
 from math import prod
@@ -56,9 +56,10 @@ GREY, RED, BLUE, GOALS = (90, 90, 90), (215, 80, 80), (80, 100, 215), [(40, 170,
 
 
 # ---------------------------------------------------------------- physics
-# Index order: x or y, entities, agents, worlds. Worlds come last, for numpy's inner loop to run along them.
+# Index order: x or y, entities, agents, envs. Envs come last, so that numpy's inner loop runs along them.
 def relate(pos, rel, dist):
-    """Of positions (2, E, B), into rel (2, E, N, B): from each agent to each entity; and its length, dist."""
+    """From positions (2, E, B): fill rel (2, E, N, B), the way from each agent to each entity, and its length
+    dist."""
     np.subtract(pos[:, :, None], pos[:, None, : rel.shape[2]], out=rel)
     np.multiply(rel[0], rel[0], out=dist)
     dist += rel[1] * rel[1]
@@ -66,8 +67,8 @@ def relate(pos, rel, dist):
 
 
 def contact(force, rel, dist, touch):
-    """Adds to force (2, N, B) how the first C entities push the agents away: softplus of the overlap, times
-    STIFFNESS. touch (C, N): the distance at which the two meet, -inf if they never do."""
+    """Add to force (2, N, B) how the first C entities push the agents away: softplus of the overlap, times
+    STIFFNESS. touch (C, N): the distance at which two bodies meet, -inf if they never do."""
     C, N, B = *touch.shape, dist.shape[2]
     near = np.flatnonzero(dist[:C] < touch[:, :, None] + 50 * MARGIN)  # beyond that the force is below 1e-22
     if near.size:
@@ -91,15 +92,15 @@ def integrate(pos, vel, force, max_speed, dialect):
         pos += DT * vel
 
 
-# ---------------------------------------------------------------- the world
+# ---------------------------------------------------------------- the env
 class Particle(Env):
-    """B worlds, H steps. What a scenario may say otherwise comes first; one value stands for all agents. It
-    also has observation(i, see), a list of row numbers from `see` (_lay_out), and reward(dist), (N, B), from
-    the distances (E, N, B)."""
+    """B envs, H steps. First come the class attributes that a scenario may change; one value stands for all
+    agents. A scenario also defines observation(i, see), a list of row numbers from `see` (_lay_out), and
+    reward(dist), (N, B), from the distances (E, N, B)."""
 
-    standard, fixed, half = (1, 0), True, True  # (N, K); are there no others; K = half of N, or one
-    moves = solid = True  # do agents move; do they collide with each other and with `obstacles` landmarks
-    radius, accel, max_speed, words = 0.05, 5.0, None, 0  # of agents; words: how many, 0 is silent
+    standard, fixed, half = (1, 0), True, True  # (N, K); whether N and K are fixed; K = N / 2, else 1
+    moves = solid = True  # agents move; they collide with each other and with `obstacles` landmarks
+    radius, accel, max_speed, words = 0.05, 5.0, None, 0  # of agents; words: how many, 0: silent
     landmarks, landmark_radius, obstacles, tint = 1, 0.05, 0, [GREY]
     spawn = 1.0  # landmarks start in [-spawn, spawn]^2, agents in [-1, 1]^2
     goals, colour = 0, None  # landmarks drawn as goals; how agents see one: channels, base, bonus, shift
@@ -121,14 +122,14 @@ class Particle(Env):
         self._lay_out(each(self.moves), each(self.words).tolist())
 
     def bodies(self, N, K):
-        """Sets what depends on the numbers of agents and adversaries."""
+        """Set what depends on the numbers of agents and adversaries."""
 
     def sense(self):
-        """Fills self.more, (extra, B), with what is seen and is not a row of the sheet by itself."""
+        """Fill self.more, (extra, B), with what is seen but is not yet a row of the sheet."""
 
     # ---------------- the contract
     def reset(self, task=None):
-        """Fresh worlds, drawn from torch's global CPU stream."""
+        """Start B new episodes, drawn from torch's global CPU stream."""
         self.check_task(task)
         N, L, total = self.num_agents, self.landmarks, self.total
         u = 2 * torch.rand(2, N + L, total, dtype=torch.float64).numpy()[..., self.mine] - 1
@@ -148,7 +149,7 @@ class Particle(Env):
         return self._observe(), self._tensor(self.gain), *self.clock(), {}
 
     def measures(self):
-        """{name: (B,)} of the state as it is: the benchmark measures of the original code."""
+        """{name: (B,)} of the present state: the benchmark measures of the original code."""
         N, K, out = self.num_agents, self.num_adversaries, {}
         if self.solid:  # agents collide
             hits = np.tril(np.ones((N, N)), -1)[:, :, None] * (self.dist[:N] < self.touch[:N, :, None])
@@ -161,12 +162,12 @@ class Particle(Env):
         return {name: self.tensor(x) for name, x in (out | self.count()).items()}
 
     def count(self):
-        """What a scenario measures besides, {name: (B,)}."""
+        """What a scenario measures in addition, {name: (B,)}."""
         return {}
 
     def render(self, row=0, size=240):
-        """(size, size, 3) uint8: one world. Agents are blue, adversaries red, landmarks grey, goals green and
-        orange. Who has spoken bears a dot in the colour of the word."""
+        """(size, size, 3) uint8: one env. Agents are blue, adversaries red, landmarks grey, goals green and
+        orange. An agent that has spoken bears a dot in the colour of the word."""
         N, L, pos = self.num_agents, self.landmarks, self.pos[:, :, row]
         span = max(1.1, (np.abs(pos[:, : N + L]) + self.radii).max() + 0.05)
         frame = np.full((size, size, 3), 255.0)
@@ -198,7 +199,7 @@ class Particle(Env):
         return N, K
 
     def _lay_out(self, moves, words):
-        """The sheet (R, B): every number that somebody may observe is one of its rows. self.vel, self.pos,
+        """The sheet (R, B): every number that an agent may observe is one of its rows. self.vel, self.pos,
         ... are views of their rows; see.vel, see.pos, ... are the numbers of those rows, from which
         observation() picks."""
         N, L, G, B = self.num_agents, self.landmarks, self.goals, self.num_envs
@@ -226,13 +227,13 @@ class Particle(Env):
         self.seen, self.obs_dims = np.concatenate(seen).astype(int), tuple(map(len, seen))
 
     def _read_actions(self, see, moves, words):
-        """Which rows push whom, and which are words. Agent i's action begins at row first[i], with the five
-        moves if it moves, and ends with its words."""
+        """Which rows push which agent, and which rows are words. Agent i's action begins at row first[i],
+        with the five moves if it moves, and ends with its words."""
         ends = np.cumsum(self.action_dims)
         self.first = see.action[ends - self.action_dims][:, None]  # (N, 1)
         see.words = self.said = [see.action[end - w : end] for end, w in zip(ends, words)]
-        # The force on an agent is the difference of two rows, times thrust. Who cannot move has the row of
-        # zeros for both.
+        # The force on an agent is the difference of two rows, times thrust. For an agent that cannot move
+        # both are the row of zeros.
         push = np.where(moves[:, None], self.first + np.arange(1, 5), see.const[0]).T  # (4, N): -x, +x, -y, y
         self.minus, self.plus = push[0::2], push[1::2]  # (2, N)
         if self.dialect == "mpe":
@@ -241,7 +242,7 @@ class Particle(Env):
         self.talkers = [i for i, split in enumerate(self.action_splits) if len(split) > 1]
 
     def _aim(self, goal):
-        """Sets the goals, (G, B), and all that follows from goals and positions."""
+        """Set the goals, (G, B), and all that follows from goals and positions."""
         worlds, self.goal = np.arange(self.num_envs), goal
         self.pos[:, self.num_agents + self.landmarks :] = self.pos[:, self.num_agents + goal, worlds]
         if self.colour:
@@ -251,7 +252,7 @@ class Particle(Env):
         relate(self.pos, self.rel, self.dist)
 
     def _act(self, action):
-        """Writes the joint action into the sheet: floats as they are, numbers as one-hot blocks."""
+        """Write the joint action into the sheet: floats as they are, numbers as one-hot blocks."""
         action = self.check_action(action)
         if isinstance(action, tuple):
             self.action[:] = torch.cat(action, 1).detach().cpu().numpy().T
@@ -272,7 +273,7 @@ class Particle(Env):
 
 
 def disc(frame, span, centre, radius, colour):
-    """Paints a disc with a soft edge on frame (S, S, 3), which shows [-span, span]^2 with y upwards."""
+    """Paint a disc with a soft edge on frame (S, S, 3), which shows [-span, span]^2 with y upwards."""
     S = len(frame)
     column, line = (1 + centre / span * (1, -1)) * S / 2 - 0.5
     r = radius / span * S / 2  # in pixels, like the centre
@@ -283,9 +284,9 @@ def disc(frame, span, centre, radius, colour):
 
 
 # ---------------------------------------------------------------- scenarios
-# Rows for an observation: see.vel[i], see.pos[i]; see.rel[i, j] from agent i to entity j; see.marks and
-# see.targets are the landmarks and the goals among the entities, see.others[i] the other agents; see.words[i]
-# what i says, see.shades the colours of the goals, see.const the numbers 0, 0.1, 0.9.
+# Rows for an observation: see.vel[i] and see.pos[i]; see.rel[i, j] leads from agent i to entity j. see.marks
+# and see.targets are the landmarks and the goals among the entities, see.others[i] the other agents,
+# see.words[i] what i says, see.shades the colours of the goals, see.const the numbers 0, 0.1, 0.9.
 class Simple(Particle):
     solid = False
 
@@ -303,7 +304,7 @@ class Spread(Particle):
         self.landmarks = N
 
     def observation(self, i, see):
-        silence = [see.const[0]] * (2 * self.num_agents - 2)  # the words that the others do not have
+        silence = [see.const[0]] * (2 * self.num_agents - 2)  # slots for the others' words, always 0
         return [see.vel[i], see.pos[i], see.rel[i, see.marks], see.rel[i, see.others[i]], silence]
 
     def reward(self, dist):
@@ -338,7 +339,7 @@ class Tag(Particle):
         return (dist[:K, K:] < self.touch[:K, K:, None]).sum(0)
 
     def outside(self):
-        """(N - K, B): what leaving the square costs the good ones: a ramp from 0.9, then an exponential."""
+        """(N - K, B): what a good agent pays for leaving the square: a ramp from 0.9, then an exponential."""
         x = np.abs(self.pos[:, self.num_adversaries : self.num_agents])
         ramp, exponential = np.maximum(10 * (x - 0.9), 0), np.exp(2 * np.minimum(x, 4) - 2)
         return np.where(x < 1, ramp, np.minimum(exponential, 10)).sum(0)
@@ -406,7 +407,7 @@ class Reference(Particle):
         return [see.vel[i], see.rel[i, see.marks], see.shades[i], see.words[1 - i]]
 
     def reward(self, dist):
-        far = dist[[-2, -1], [1, 0]]  # (2, B): goal i is where the other one must go
+        far = dist[[-2, -1], [1, 0]]  # (2, B): goal i is where the other agent must go
         if self.dialect == "mpe2":
             return -0.5 * far - 0.5 * far.mean(0)
         return np.broadcast_to(-(far**2).sum(0), far.shape)
@@ -427,8 +428,8 @@ class Crypto(Particle):
 
 
 class WorldComm(Tag):
-    """Who is in a forest is seen from inside the same forest, and by the leader, agent 0, who tells the other
-    adversaries one of four words. The landmarks are an obstacle, two pieces of food, two forests."""
+    """An agent in a forest is seen only from inside the same forest and by the leader, agent 0, who tells the
+    other adversaries one of four words. The landmarks are an obstacle, two pieces of food, two forests."""
 
     standard, prey_radius, landmark_radius = (6, 4), 0.045, (0.2, 0.03, 0.03, 0.3, 0.3)
     tint = [GREY, *[(200, 150, 40)] * 2, *[(170, 225, 170)] * 2]
@@ -439,8 +440,8 @@ class WorldComm(Tag):
         self.extra = 2 * N + 2 * N * N + 2 * (N - K) * N
 
     def parts(self, x):
-        """Of `extra` rows: in which forests agent n is, (2, N); what it sees of the others' positions,
-        (2, N, N), and of the good ones' velocities, (2, N - K, N); n last."""
+        """Cut the `extra` rows: in which forests agent n is, (2, N); what it sees of the others' positions,
+        (2, N, N), and of the good agents' velocities, (2, N - K, N); n last."""
         N, K = self.num_agents, self.num_adversaries
         cuts = np.split(x, [2 * N, 2 * N + 2 * N * N])
         return [c.reshape(*shape, *x.shape[1:]) for c, shape in zip(cuts, [(2, N), (2, N, N), (2, N - K, N)])]

@@ -1,16 +1,15 @@
 """
-A pursuit on a small grid ("uav"): the world that LeMOL's authors had under development, after their code.
+A pursuit on a small grid ("uav"): the env that LeMOL's authors had under development, after their code.
 
-Players   agent 0 is the target (the adversary): stay, N, S, E, W, NE, SE, SW, NW. Agent 1 is the UAV: stay,
-          N, S, E, W. Both move at once; who would leave the grid stays at its edge; changing places is no
-          catch.
-Start     the UAV in the first column, the target in the last one, rows at random.
-Reward    same cell after the move: rho for the UAV, -rho for the target, and the row terminates (it rests
-          then, with reward 0). Time is up: rho for the target, -rho for the UAV. Otherwise 0.
-Obs       one-hot row and column of oneself, then of the other, (2 (rows + cols),). The other's are right with
-          probability 1 - nu, else both are wrong. nu: 0.45 for the target, 0.3 for the UAV, and `listening`
-          (0.1) less after a "stay". In the original the first half held the OTHER's true place, so that the
-          noise did not matter; here it is one's own.
+Players   Agent 0 is the target (the adversary): stay, N, S, E, W, NE, SE, SW, NW. Agent 1 is the UAV: stay,
+          N, S, E, W. Both move at once. A move out of the grid ends at its edge. Changing places is no catch.
+Start     The UAV is in the first column and the target in the last one, in random rows.
+Reward    Same cell after the move: rho for the UAV, -rho for the target, and the episode terminates (its row
+          then rests, with reward 0). Time is up: rho for the target, -rho for the UAV. Otherwise 0.
+Obs       The agent's own row and column, one-hot, then the other's, (2 (rows + cols),). The other's are right
+          with probability 1 - nu, else both are wrong. nu is 0.45 for the target and 0.3 for the UAV, and
+          `listening` (0.1) less after a "stay". In the original the first half held the OTHER's true place,
+          so that the noise did not matter; here it is the agent's own place.
 """
 
 import torch
@@ -23,7 +22,7 @@ MOVES = torch.tensor([[0, 0], [-1, 0], [1, 0], [0, 1], [0, -1], [-1, 1], [1, 1],
 
 
 class Pursuit(Env):
-    """B grids, H steps. action[i]: (B,) long, or (B, A_i) float of which the largest counts."""
+    """B grids, H steps. action[i]: (B,) long, or (B, A_i) floats of which the largest counts."""
 
     discrete, soft, num_agents, num_adversaries, default_horizon = True, True, 2, 1, 25
     action_dims, action_splits = (9, 5), ((9,), (5,))

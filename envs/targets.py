@@ -1,8 +1,8 @@
 """
-Particle worlds with a hidden target (Zhao et al., 2025, IEEE TNNLS, DOI 10.1109/TNNLS.2025.3540758, Sec. V):
-who counts is the task, and nobody can see it; only the rewards tell.
+Particle envs with hidden targets (Zhao et al., 2025, IEEE TNNLS, DOI 10.1109/TNNLS.2025.3540758, Sec. V). The
+task says which landmarks or which prey count. No agent can see it; only the rewards tell.
 
-World           Agents   Besides                    Task
+Env             Agents   Besides                    Task
 spread          2        3 landmarks                which 2 of them count: 0/1 vector (3,), 3 tasks
 spread_large    3        4 landmarks                which 3 of them count: 0/1 vector (4,), 4 tasks
 hunting         3        2 preys                    which of them counts: one-hot (2,), 2 tasks
@@ -10,24 +10,24 @@ hunting_large   3        3 preys, 2 obstacles       the same: one-hot (3,), 3 ta
 
 State     positions and velocities. One step: v <- 0.75 v + 0.1 force, then x <- x + 0.1 v; no masses.
 Actions   (B, 2), nominally in [-1, 1]^2, not clipped; the force is 5 (spread) or 3 (hunting) times that.
-Walls     soft ramps per axis, 100 times a softplus, that begin where |x| + radius = 1, and push inwards up to
-          |x| = 1.2; beyond that outwards, as in the authors' code.
+Walls     soft ramps along each axis, 100 times a softplus. They begin where |x| + radius = 1 and push inwards
+          up to |x| = 1.2; beyond that they push outwards, as in the authors' code.
 Start     agents and preys in [-1, 1]^2, landmarks and obstacles in [-0.9, 0.9]^2, v = 0.
 End       never before the horizon, 100.
 
-Spread    Observed: own position, the way to each landmark, the way to each other agent. Reward: minus the sum
-          over counting landmarks of the distance to the nearest agent, times the number of agents, the same
-          for all. Radius 0.15; bodies pass through each other.
+Spread    Observed: own position, the way to each landmark, the way to each other agent. Reward: minus the
+          sum, over the landmarks that count, of the distance to the nearest agent, times the number of
+          agents; the same for all. Radius 0.15; bodies pass through each other.
 Hunting   Observed: own position; the way to each other predator, each prey, each obstacle; then the same
           distances; zeros where the distance is 1.414 or more. Reward: -0.1 times the sum of the predators'
-          distances to the prey that counts, and 10 for each predator that touches it. It flees from its
+          distances to the prey that counts, plus 10 for a predator that touches it. This prey flees from its
           nearest predator; the others wander: forces uniform in [-1, 1]^2 (the authors' are in [0, 1]^2 and
           drift into a corner). Predators: radius 0.1, speed up to 1; preys: 0.05 and 1.2. All bodies push
           each other away, as in envs.particle.
 
-The set of tasks is finite, and the same in "train" and "test": there is nothing to hold out. The code of the
-paper has spread and hunting; the larger ones are ours after its moving pictures, where the obstacles' size,
-0.2, is that of an earlier public prototype, and that predators see them is our choice.
+The set of tasks is finite and the same in "train" and "test": there is nothing to hold out. The paper's code
+has spread and hunting. The larger ones are ours, after the authors' animations; the obstacles' size, 0.2, is
+that of an earlier public prototype, and it is our choice that predators see them.
 """
 
 from itertools import combinations
@@ -38,7 +38,7 @@ import torch
 from .base import Env, FiniteTasks
 from .particle import BLUE, GOALS, GREY, MARGIN, RED, STIFFNESS, contact, disc, integrate, relate
 
-WALL, REACH, SIGHT = 1.2, 0.2, 1.414  # the walls stand at +-WALL, reach so far inwards; predators see so far
+WALL, REACH, SIGHT = 1.2, 0.2, 1.414  # of the walls: where, and how far inwards; how far predators see
 
 
 def walls(pos, radii):
@@ -53,7 +53,7 @@ def walls(pos, radii):
 
 
 class Targets(FiniteTasks, Env):
-    """What the worlds share. Index order inside: x or y, bodies, agents, worlds. Agents come first among the
+    """What the envs share. Index order inside: x or y, bodies, agents, envs. Agents come first among the
     bodies, then what else moves (M movers in all), then what stands still."""
 
     def __init__(self, name, num_envs, **common):
@@ -66,7 +66,7 @@ class Targets(FiniteTasks, Env):
         self.obs_dims = (self._look().shape[1],) * N
 
     def reset(self, task=None):
-        """Fresh worlds, drawn from torch's global CPU stream."""
+        """Start B new episodes, drawn from torch's global CPU stream."""
         self.task = self.check_task(task).cpu().double().numpy().T  # (D, B)
         self.pos[:], self.vel[:], self.t = self._uniform(len(self.radii)), 0, 0
         self.pos[:, self.movers :] *= 0.9
@@ -88,7 +88,7 @@ class Targets(FiniteTasks, Env):
         return 2 * torch.rand(2, n, self.total, dtype=torch.float64).numpy()[..., self.mine] - 1
 
     def render(self, row=0, size=240):
-        """(size, size, 3) uint8: one world. Agents are blue or red, what counts green, the rest grey."""
+        """(size, size, 3) uint8: one env. Agents are blue or red, what counts is green, the rest grey."""
         N, D, span = self.num_agents, self.task_dim, max(1.2, np.abs(self.pos[:, :, row]).max() + 0.1)
         frame = np.full((size, size, 3), 255.0)
         counts = dict(zip(range(N, N + D), self.task[:, row] > 0))
@@ -98,7 +98,7 @@ class Targets(FiniteTasks, Env):
         return frame.astype(np.uint8)
 
     def others(self):
-        """The actions of the movers that are no agents, (2, M - N, B)."""
+        """The actions of the movers that are not agents, (2, M - N, B)."""
         return np.empty((2, 0, self.num_envs))
 
     def _observe(self):
@@ -110,7 +110,7 @@ class Targets(FiniteTasks, Env):
         return self.fresh(np.array(x, np.float32, order="C"))  # always a copy
 
     def _ways(self, i):
-        """From agent i to all other bodies, (E - 1, 2, B); agent i is left out."""
+        """The ways from agent i to all other bodies, (E - 1, 2, B)."""
         return np.delete(self.rel[:, :, i], i, 1).transpose(1, 0, 2)
 
 

@@ -1,33 +1,33 @@
 """
 A robotic warehouse ("rware", Papoudakis et al., 2021, arXiv:2006.07869; the package rware 2.0) with the five
-layouts of MG2L (Zhao et al., 2025). Robots turn, drive one cell, and lift or put down a shelf; who carries a
-requested shelf to a goal is paid.
+layouts of MG2L (Zhao et al., 2025). Robots turn, drive one cell, and lift or put down a shelf. A robot that
+brings a requested shelf to a goal is paid.
 
 Grid      10 x 10. Shelves stand in the columns x = 2, 3 and 6, 7, in the rows y = 1 .. 7 (0 is on top); goals
-          are (4, 9) and (5, 9). The rest is highway: there nobody can put anything down.
+          are (4, 9) and (5, 9). The rest is highway, where no shelf can be put down.
 Task      a layout, one-hot: both (28 shelves), right (14: x = 6, 7), left (14: x = 2, 3), top (16: y < 5),
-          bottom (16: y > 3).
-          All five belong to both splits.
+          bottom (16: y > 3). All five belong to both splits.
 Actions   0 nothing, 1 forward, 2 turn left, 3 turn right, 4 lift or put down.
-Moves     all at once. Who carries a shelf does not drive under another one. A chain of robots moves if the
-          cell before its head is free; if several want one cell, the longest chain moves and the others stay;
-          a ring of four or more moves; two who face each other stay, as does who follows anybody that stays
-          or moves in a ring. Between chains of one length the robots' numbers decide, see may_move().
-Reward    1 to the robot whose shelf was on the list of 4 requests and is now on a goal. Another one, drawn
+Moves     All robots move at once. A robot that carries a shelf does not drive under another one. A chain of
+          robots moves if the cell before its head is free. If several want one cell, the longest chain moves
+          and the others stay. A ring of four or more moves. Two robots that face each other stay, and so does
+          a robot behind one that stays or moves in a ring. Between chains of one length the robots' numbers
+          decide, see may_move().
+Reward    1 to the robot whose shelf was on the list of 4 requests and is now on a goal. Another shelf, drawn
           uniformly, takes its place on the list.
-Observed  (183): own x, y, carrying, direction (up, down, left, right), highway; then 25 cells about oneself,
-          row by row: robot there, its direction (an empty cell: up), shelf there, requested. It does not turn
-          with the robot. Beyond the walls cells are empty.
-Start     robots on any different cells, in any direction; any requests. All random numbers of an episode are
-          drawn in reset(), from torch's global CPU stream, those of its later requests included.
+Observed  (183): own x, y, carrying, direction (up, down, left, right), highway; then the 25 cells around, row
+          by row: robot there, its direction (an empty cell: up), shelf there, requested. The window does not
+          turn with the robot. Cells beyond the walls are empty.
+Start     robots on different cells, in any direction; any requests. All random numbers of an episode, those
+          of its later requests included, are drawn in reset() from torch's global CPU stream.
 Time      H = 100 steps; never terminated.
 
-Against rware 2.0: the same, step by step, but for one accident. Of chains of the same length rware takes the
-one that its graph library lists first: in the order in which the robots' cells entered the graph or, where
-the cells in question are less than half of it, in that of a Python set of coordinates. Here it is always the
-former; 6 of 10,000 steps of wandering robots end otherwise.
+The rules are those of rware 2.0, step by step, with one exception. Of chains of the same length rware takes
+the one that its graph library lists first: in the order in which the robots' cells entered the graph or,
+where the cells in question are less than half of it, in that of a Python set of coordinates. Here it is
+always the former. This changes 6 of 10,000 steps of wandering robots.
 
-All rows move at once, in numpy: (B, N) arrays of cells, (B, N, N) for who wants whose place.
+All rows move at once, in numpy: (B, N) arrays of cells, (B, N, N) for which robot wants which place.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ from .base import Env, FiniteTasks
 
 SIZE, SIGHT = 10, 2  # the grid; how far a robot sees
 WIDTH = SIZE + 2 * SIGHT  # cells are numbered in a grid with a margin that is never entered
-CELLS = WIDTH * WIDTH  # one number more: the place of shelves that are not there
+CELLS = WIDTH * WIDTH  # cell number CELLS is nowhere: the place of shelves that a layout lacks
 MOVES = np.array([-WIDTH, WIDTH, -1, 1])  # up, down, left, right
 TURNS = np.array([range(4), range(4), [2, 3, 1, 0], [3, 2, 0, 1], range(4)])  # [action, direction]
 NOTHING, FORWARD, LEFT, RIGHT, TOGGLE = range(5)
@@ -60,32 +60,32 @@ WINDOW = np.array([number(x, y) - number(0, 0) for y in VIEW for x in VIEW])
 
 
 def may_move(cell, target):
-    """Whose wish is granted: (B, N) bool, of the cells (B, N) where robots are and those that they want. Who
-    wants his own cell gets it.
+    """Which robots get the cell that they want, (B, N) bool, from the cells (B, N) where they are and those
+    that they want. A robot that wants its own cell gets it.
 
-    Each robot points to the one who is on its target, or to a free cell. Following the pointers leads round a
-    ring (of length 1: someone who stays) or along a chain out to a free cell.
+    Each robot points to the robot on its target, or to a free cell. The pointers lead round a ring (of length
+    1: a robot that stays) or along a chain to a free cell.
     """
     N = cell.shape[1]
     wants = target[:, :, None] == cell[:, None, :]  # (B, N, N): [i, j], i wants j's cell
-    ahead = np.where(wants.any(2), wants.argmax(2), N)  # (B, N): whose place i wants; N: nobody's
+    ahead = np.where(wants.any(2), wants.argmax(2), N)  # (B, N): whose place i wants; N: a free cell
     ring, free = follow(ahead)
-    turns = (ring == 1) | (ring > 2)  # all of the ring get their wish; two who face each other do not
+    turns = (ring == 1) | (ring > 2)  # all robots of a ring move; two that face each other do not
     moves = free & first_of_rivals(wants & ~np.eye(N, dtype=bool), target)
     granted = turns
-    for _ in range(N):  # from the head of a chain to its end: whoever moves makes room for the next
+    for _ in range(N):  # from the head of a chain to its end: a robot that moves makes room for the next
         granted = turns | moves & np.take_along_axis(beside(granted, True), ahead, axis=1)
     return granted
 
 
 def beside(x, value):
-    """(B, N) -> (B, N + 1): another column, for what is nobody's."""
+    """(B, N) -> (B, N + 1): another column, for free cells."""
     return np.concatenate([x, np.full((len(x), 1), value)], axis=1)
 
 
 def follow(ahead):
-    """Where the pointers (B, N) lead: how long the ring is that i is part of, (B, N), 0 if of none; and who
-    comes out at a free cell, (B, N) bool."""
+    """Where the pointers (B, N) lead: the length of the ring that robot i is part of, (B, N), 0 if there is
+    none; and whether its chain ends at a free cell, (B, N) bool."""
     N, here = ahead.shape[1], ahead
     ring, pointer = np.zeros_like(ahead), beside(ahead, N)  # the free cell points to itself
     for length in range(1, N + 1):
@@ -95,13 +95,13 @@ def follow(ahead):
 
 
 def first_of_rivals(follows, target):
-    """Of those who want one cell: who heads the longest chain, (B, N) bool. follows (B, N, N): [i, j], i
-    wants the place of another one, j."""
+    """Of the robots that want one cell: which one heads the longest chain, (B, N) bool. follows (B, N, N):
+    [i, j], i wants the place of another robot, j."""
     B, N, robot = *target.shape, np.arange(target.shape[1])
     chain = np.ones((B, N), int)  # robots in the longest chain that i heads
     for _ in range(N - 1):
         chain = 1 + (follows * chain[:, :, None]).max(1)
-    # Between equals: whose cell enters rware's graph first? Robot 0's, its target, robot 1's, ... do in turn
+    # Between equals: which cell enters rware's graph first? Robot 0's cell, its target, robot 1's cell, ...
     as_target = np.where(follows, 2 * robot[:, None] + 1, 2 * N).min(1)
     weight = 2 * N * chain - np.minimum(2 * robot, as_target)
     rivals = target[:, :, None] == target[:, None, :]
@@ -135,8 +135,8 @@ class Warehouse(FiniteTasks, Env):
         spots = np.flatnonzero(INSIDE)
         self.cell = spots[draw[0].argsort(1)[:, : self.num_agents]]  # (B, N)
         self.direction = (4 * draw[1]).astype(int)  # (B, N)
-        # Shelf S is nobody's: whom carries[b, i] == S carries nothing. Layouts with fewer shelves keep the
-        # others in the cell that is nowhere.
+        # Shelf S does not exist: a robot with carries[b, i] == S carries nothing. Layouts with fewer shelves
+        # keep the others in the cell that is nowhere.
         self.shelf = np.array([s + [CELLS] * (S + 1 - len(s)) for s in SHELVES])[layout]  # (B, S + 1): cells
         self.there = self.shelf[:, :S] < CELLS
         self.carries = np.full((B, self.num_agents), S)
@@ -153,7 +153,8 @@ class Warehouse(FiniteTasks, Env):
         loaded, shelf_at = self.carries < none, self._grid(self.shelf)
         target = cell + MOVES[self.direction]
         target = np.where((action == FORWARD) & INSIDE[target], target, cell)
-        # A standing shelf is one whose cell no carrying robot is in. Who carries one does not enter there.
+        # A shelf stands if no robot that carries one is in its cell. A robot that carries does not enter
+        # there.
         held = np.zeros((self.num_envs, CELLS + 1), bool)
         held[row, np.where(loaded, cell, CELLS)] = True
         blocked = loaded & (target != cell) & (shelf_at[row, target] < none) & ~held[row, target]
@@ -170,14 +171,15 @@ class Warehouse(FiniteTasks, Env):
         return self._observe(), self.fresh(reward), *self.clock(), {}
 
     def _grid(self, cells):
-        """Who of `cells` (B, n) is in each cell, (B, CELLS + 1). The last one, too, stands for nobody."""
+        """Which of `cells` (B, n) is at each cell of the grid, (B, CELLS + 1); the last one, n - 1, also
+        stands for none."""
         grid = np.full((self.num_envs, CELLS + 1), cells.shape[1] - 1)
         grid[self.row, cells] = np.arange(cells.shape[1])
         grid[:, CELLS] = cells.shape[1] - 1
         return grid
 
     def _deliver(self, none):
-        """The rewards (B, N). The goals are looked at in turn, as the second one's request must differ."""
+        """The rewards (B, N). The goals take turns, because the second one's new request must differ."""
         reward = np.zeros((self.num_envs, self.num_agents), np.float32)
         robot_at, shelf_at = self._grid(self.cell), self._grid(self.shelf)
         for k, goal in enumerate(GOALS):
@@ -210,8 +212,8 @@ class Warehouse(FiniteTasks, Env):
         return self.fresh(out).unbind(0)
 
     def render(self, row=0, size=24):
-        """(10 size, 10 size, 3) uint8: one row. Shelves are brown, requested ones red, goals grey; robots are
-        blue, dark where they carry, with a white stripe in front."""
+        """(10 size, 10 size, 3) uint8: one row. Shelves are brown, requested shelves red, goals grey. Robots
+        are blue, dark if they carry, with a white stripe in front."""
         frame = np.full((SIZE, size, SIZE, size, 3), 235, np.uint8)
         place = lambda cell: (cell // WIDTH - SIGHT, slice(None), cell % WIDTH - SIGHT)
         for goal in GOALS:
