@@ -74,11 +74,28 @@ def table(columns, digits, rows):
         minutes = statistics.mean(map(float, result.meta["minutes"].split()))
         steps = next(iter(result.final.values()))["global_step"] / 1e6
         numbers = [write(result.number(prefix + tag), digits) for tag in columns.values()]
+        source = f"[{result.meta['commit'].split()[0][:7]}](results/{name}.csv)"
         lines.append([setting, method, *numbers, paper, len(result.final), f"{steps:.1f}", f"{minutes:.1f}",
-                      result.meta["commit"].split()[0][:7]])
-    commands = ", ".join(sorted({f"`{Result(row[2]).meta['command']}`" for row in rows}))
-    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    return f"{text}\n\nCommands: {commands}."
+                      source])
+    return markdown(lines)
+
+
+def speed_table():
+    """results/speed.csv, a row for each peer."""
+    lines = [["work", "unit", "ours, ms", "peer", "peer, ms", "ratio"],
+             ["---", "---", "---:", "---", "---:", "---:"]]
+    text = (HERE / "results" / "speed.csv").read_text().splitlines()
+    for row in csv.DictReader(line for line in text if not line.startswith("# ")):
+        if row["who"] == "ours":
+            own = row["milliseconds"]
+        else:
+            who = f"{row['who']} {row['version']}".strip()
+            lines.append([row["case"], row["unit"], own, who, row["milliseconds"], row["times"]])
+    return markdown(lines)
+
+
+def markdown(lines):
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 # ---------------------------------------------------------------- figures
@@ -138,7 +155,11 @@ def same(a, b):
 def main():
     wanted = {HERE / "curves" / f"{name}.svg": figure(panels) for name, panels in FIGURES.items()}
     readme = HERE / "README.md"
-    fill = lambda m: f"{m[1]}\n{table(*TABLES[m[2]])}\n{m[3]}"
+
+    def fill(found):
+        begin, name, end = found.groups()
+        return f"{begin}\n{speed_table() if name == 'speed' else table(*TABLES[name])}\n{end}"
+
     pattern = r"(<!-- results:(\S+) -->)\n.*?(<!-- /results -->)"
     wanted[readme] = re.sub(pattern, fill, readme.read_text(), flags=re.DOTALL)
     stale = [path for path in (HERE / "curves").glob("*.svg") if path not in wanted]

@@ -75,7 +75,10 @@ maml_rows += [
     ("nav2d, the authors' actions", "MAML", AUTHORS, "eval/", "-40 / -12 / -3 / -3"),
     ("half_cheetah_dir", "MAML", "maml_rl-half_cheetah_dir", "eval/", "-51 / 293 / 314 / 316"),
     ("half_cheetah_vel", "MAML", "maml_rl-half_cheetah_vel", "eval/", "-130 / -79 / -67 / -61")]
-STEPS = {f"{k} steps": f"return_{k}" for k in range(4)}
+for method in ("MAML", "Meta-SGD", "MAESN"):
+    maml_rows.append(("wheeled, other goals than tesp.py's", f"{method}, first order, PPO",
+                      f"maml_rl-wheeled-{method.lower()}", "eval/", ""))
+STEPS = {f"{k} step{'s' * (k != 1)}": f"return_{k}" for k in range(4)}
 
 # ---------------------------------------------------------------- TESP
 # The supplement's figure of the ant, read off, at 100 iterations: D', after three updates.
@@ -85,7 +88,8 @@ tesp_rows = [("wheeled, 8 M steps", method, f"tesp-wheeled{name}", "eval/", "")
              for method, name in VARIANTS.items()]
 tesp_rows += [("wheeled, the paper's size, 50 iterations", "TESP", "tesp-wheeled-paper", "eval/", ""),
               ("small_ant, 19 iterations", "TESP", "tesp-small_ant", "eval/", "-31 at 100 iterations")]
-UPDATES = {"warm-up": "test/return_warmup"} | {f"{k} updates": f"test/return_{k}" for k in range(4)}
+UPDATES = {"warm-up": "test/return_warmup"} | {
+    f"{k} update{'s' * (k != 1)}": f"test/return_{k}" for k in range(4)}
 
 # ---------------------------------------------------------------- Coded MADDPG
 coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/", ""),
@@ -93,7 +97,7 @@ coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/",
 for world in ("adversary", "push", "tag"):
     coded_rows.append((f"{world}, M = 3", "MADDPG",
                        f"coded_maddpg-simple_{world}-total-steps-500000-num-agents-3", "eval/", ""))
-for world in ("push", "tag"):
+for world in ("spread", "adversary", "push", "tag"):
     coded_rows.append((f"{world}, M = 8", "MADDPG",
                        f"coded_maddpg-simple_{world}-total-steps-400000-num-agents-8", "eval/", ""))
 coded_rows.append(
