@@ -23,7 +23,7 @@ observations. v5 pays HalfCheetah vx - 0.1 |u|^2 and Ant vx + 1 - 0.5 |u|^2 - 0.
 MAML authors' ant pays that contact cost too (at most 0.042 a step) and observes the forces; here they are
 neither paid for nor observed. v5 leaves x and, for Ant, y out of the observation, and takes Ant's velocity
 from positions that lag the state by part of a physics step; here they come from qpos.
-Warm start: the constraint solver starts each env step from zero. The worlds are bit-equal to a gymnasium env
+Warm start: the constraint solver starts each env step from zero. These envs are bit-equal to a gymnasium env
 whose data.qacc_warmstart is zeroed before every step, and drift from an untouched one as chaos has it (1e-13
 after 10 steps).
 """

@@ -10,7 +10,7 @@ hopper_param             3: thigh; leg; foot                         (2): q, v o
 two_agent_half_cheetah   2: as cheetah_dir                           (17): qpos without x,  d
                                                                      qvel, for both
 
-cheetah_dir and hopper_param are two worlds of MG2L (Zhao et al., 2025): in MaMuJoCo's words "2x3" and "3x1"
+cheetah_dir and hopper_param are two envs of MG2L (Zhao et al., 2025): in MaMuJoCo's words "2x3" and "3x1"
 with agent_obsk=0 and global_categories=(): nobody observes the torso. Hopper's v is cut to [-10, 10], as in
 v5. two_agent_half_cheetah is the third game of Meta-MAPG (Kim et al., 2021, arXiv:2011.00382).
 
@@ -50,7 +50,7 @@ FIELDS = "body_mass", "dof_damping", "geom_friction", "body_inertia"  # in the o
 
 
 class Drivers(FiniteTasks, Bodies):
-    """What the worlds share: B bodies, H steps, N drivers. reset(task) takes (B, D) tasks, one a row; without
+    """What the envs share: B bodies, H steps, N drivers. reset(task) takes (B, D) tasks, one a row; without
     them it draws training tasks. self.columns[i] are the columns of the state that driver i sees."""
 
     default_horizon = 1000
@@ -150,7 +150,7 @@ PEERS = os.path.join(os.path.dirname(__file__), "..", "benchmark", "peers", "hal
 
 
 class HalfCheetahPeers(WholeCheetah):
-    """To the right, with peers as tasks: whom agent 0 meets does not change the world, so reset() ignores
+    """To the right, with peers as tasks: whom agent 0 meets does not change the env, so reset() ignores
     them."""
 
     def __init__(self, name, num_envs, peers=None, **common):

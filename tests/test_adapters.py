@@ -246,7 +246,6 @@ ends, one = [(1, True, False)] * 2, cartpole()
 @pytest.mark.parametrize("call, message", [
     (lambda: to_pettingzoo(make("ipd", 2)), "num_envs=1, not 2"),
     (lambda: to_pettingzoo(make("ipd", 1, index_obs=True)), "without index_obs"),
-    (lambda: to_pettingzoo(Walk(), render_mode="human"), "render_mode must be"),
     (lambda: from_pettingzoo(lambda: Leavers(ends, [box, two]), B), "all Discrete or all Box"),
     (lambda: from_pettingzoo(lambda: Leavers(ends, [many, many]), B), "all Discrete or all Box"),
     (lambda: from_pettingzoo(lambda: Leavers(ends, None, spaces.Sequence(two)), B), "must be Box"),

@@ -161,7 +161,6 @@ def test_bad_options(name):
     ("chess", {}, "chess.*known: ipd"), ("two_agent_half_cheetah", dict(direction=0), "-1 or 1"),
     ("half_cheetah_peers", dict(direction=-1), "no option direction"),
     ("rware", dict(num_agents=0), "1 to 100"),
-    ("uav", dict(rows=1), "2 x 2"), ("uav", dict(noise=(0.05, 0.3)), "noise"),
     ("simple", dict(num_agents=2), "1 agents, 0 of them"),
     ("simple_crypto", dict(num_agents=4), "3 agents, 1 of them"),
     ("simple_reference", dict(num_adversaries=1), "0 of them adversaries, not 2 and 1"),

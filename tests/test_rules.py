@@ -57,6 +57,12 @@ def test_tasks_cover_a_box_evenly(name, low, high):
 # ---------------------------------------------------------------- uav
 def test_pursuit():
     """Of target and UAV: side by side, changing places, meeting, at the edge; then time is up."""
+    env = make("uav", 9)
+    env.reset()
+    env.place[:] = 1  # all nine moves from the middle: stay, N, S, E, W, NE, SE, SW, NW
+    env.step((torch.arange(9), torch.arange(9) % 5))
+    wanted = [[1, 1], [0, 1], [2, 1], [1, 2], [1, 0], [0, 2], [2, 2], [2, 0], [0, 0]]
+    assert env.place.tolist() == [wanted, wanted[:5] + wanted[:4]]
     torch.manual_seed(0)
     env = make("uav", 4, horizon=2)
     start = env.reset()
