@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from test_envs import actions, step, tupled
-from test_parity import BOTH, PARTICLES, TARGETS, bold, load, one_hot, put, text
+from test_parity import PARTICLES, TARGETS, bold, load, one_hot, put
 
 from envs import make
 from envs.base import STRIPES
 from envs.targets import walls
-from envs.warehouse import CELLS, LAYOUTS, WIDTH, may_move, number
+from envs.warehouse import CELLS, may_move, number
 
 close = torch.testing.assert_close
 UP, DOWN, WEST, EAST = range(4)
@@ -231,17 +231,6 @@ def test_nobody_ever_shares_a_cell():
             assert len(set(shelves[there])) == there.sum() and (shelves[~there] == CELLS).all()
         swapped = (env.cell[:, :, None] == before[:, None]) & (env.cell[:, None] == before[:, :, None])
         assert not (swapped & ~np.eye(30, dtype=bool)).any()
-
-
-def test_five_layouts():
-    env = make("rware", 5)
-    env.reset(env.all_tasks())
-    assert env.there.sum(1).tolist() == [28, 14, 14, 16, 16] and text("both") == BOTH
-    for b, layout in enumerate(LAYOUTS):
-        shelves = {(c % WIDTH - 2, c // WIDTH - 2) for c in env.shelf[b, :-1][env.there[b]]}
-        drawn = text(layout).split("\n")
-        assert shelves == {(x, y) for y in range(10) for x in range(10) if drawn[y][x] == "x"}
-        assert env.highway[b].sum() == 100 - len(shelves)
 
 
 def test_starts_and_requests_are_uniform():
