@@ -12,7 +12,7 @@ STRIPES = 100  # of a task range, along its first coordinate; every fifth is hel
 class Env:
     """B rows that play side by side. They are rows mine.start, mine.start + 1, ... of `total` rows, which
     `world` processes share: each draws the random numbers of all rows and cuts its own out of them, so that
-    what befalls a row does not depend on who plays it."""
+    what befalls a row does not depend on the process that plays it."""
 
     default_horizon, num_agents, discrete = 100, 1, False
     soft = False  # discrete, but (B, A_i) floats will do as well
@@ -25,7 +25,7 @@ class Env:
         if not 0 <= rank < world:
             raise ValueError(f"{name}: part must be (rank, world) with 0 <= rank < world, not {part}")
         self.name, self.num_envs, self.horizon, self.device = name, num_envs, horizon, device
-        self.threads, self.part = threads, part
+        self.threads = threads
         self.total, self.mine = world * num_envs, slice(rank * num_envs, (rank + 1) * num_envs)
 
     def check_task(self, task):
@@ -83,7 +83,7 @@ class Env:
         return self.fresh(over[0]), self.fresh(over[1])
 
     def tensor(self, x, dtype=torch.float32):
-        """A copy of an array on the env's device: what a caller gets is his, and does not change later."""
+        """A copy of an array on the env's device: what a caller gets does not change later."""
         return torch.tensor(x, dtype=dtype, device=self.device)
 
 

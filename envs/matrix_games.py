@@ -56,12 +56,12 @@ class MatrixGame(Env):
         return self._obs(np.zeros(self.num_envs, np.int64))
 
     def step(self, action):
-        try:  # numpy refuses what is out of range while it reads the joint action as a number in base A
+        try:  # reads the joint action as a number in base A and refuses what is out of range, at once
             joint = np.ravel_multi_index([a.cpu().numpy() for a in action], self.action_dims)
         except (TypeError, ValueError):
             joint = None
         if joint is None or [a.shape for a in action] != self.shapes:
-            self.check_action(action)  # says what is wrong
+            self.check_action(action)  # slower, but says what is wrong
         joint += 1
         self.t += 1
         return self._obs(joint), self.fresh(self.pay.take(joint, 0)), *self.clock(), {}
