@@ -1,14 +1,14 @@
 """
 Bridges between the batched contract (envs/__init__.py) and the two usual interfaces.
 
-    to_pettingzoo(make("ipd", 1))                              one of our worlds as a PettingZoo ParallelEnv
-    from_pettingzoo(simple_spread_v3.parallel_env, 16)         16 copies of a ParallelEnv as a batched world
+    to_pettingzoo(make("ipd", 1))                              one of our envs as a PettingZoo ParallelEnv
+    from_pettingzoo(simple_spread_v3.parallel_env, 16)         16 copies of a ParallelEnv as a batched env
     from_gymnasium(lambda: gymnasium.make("CartPole-v1"), 16)  the same for a gymnasium Env: N = 1, no tuple,
                                                                or N agents where its spaces are Tuples
     from_gymnasium(make, 16, tasks={"train": (K, D), "test": (K, D)}, options=lambda task: {"goal": task})
                                                                the same with tasks: reset(options=) gets them
 
-Copies are stepped one after another in Python: this is for trying a foreign world, not for speed.
+Copies are stepped one after another in Python: this is for trying a foreign env, not for speed.
 Importing this file needs torch and numpy; gymnasium and pettingzoo are imported when a function needs them.
 """
 
@@ -20,36 +20,33 @@ import torch
 from .base import Env, FiniteTasks
 
 
-def to_pettingzoo(env, render_mode=None):
-    """A batched world with num_envs = 1 as a PettingZoo ParallelEnv with agents "agent_0", "agent_1", ...
+def to_pettingzoo(env):
+    """A batched env with num_envs = 1 as a PettingZoo ParallelEnv with agents "agent_0", "agent_1", ...
 
     Observations are float32 Boxes (O_i,); actions are Discrete(A_i), or Boxes (A_i,) without bounds, as the
     contract states none. reset(options={"task": task}), of shape (D,), chooses the task. All agents leave
     together at the first step on which either flag is up; the two flags are passed on as they are.
 
-    Our worlds draw from torch's global CPU stream. Here reset and step run on a stream of this env's own and
+    Our envs draw from torch's global CPU stream. Here reset and step run on a stream of this env's own and
     leave the caller's as it was. reset(seed=s) restarts it as torch.manual_seed(s) would, so that an episode
     depends on seed and actions alone; reset() goes on with it, and starts it from the global stream at first.
 
-    ValueError: num_envs is not 1; the world observes indices; a render_mode that it does not have.
+    ValueError: num_envs is not 1, or the env observes indices.
     """
     from gymnasium import spaces
     from pettingzoo import ParallelEnv
 
-    modes = ["rgb_array"] if hasattr(env, "render") else []
     if env.num_envs != 1:
-        raise ValueError(f"to_pettingzoo wraps a world with num_envs=1, not {env.num_envs}")
+        raise ValueError(f"to_pettingzoo wraps an env with num_envs=1, not {env.num_envs}")
     if getattr(env, "index_obs", False):
-        raise ValueError("to_pettingzoo needs observations (1, O): make the world without index_obs")
-    if render_mode not in [None, *modes]:
-        raise ValueError(f"render_mode must be one of {[None, *modes]}, not {render_mode!r}")
+        raise ValueError("to_pettingzoo needs observations (1, O): make the env without index_obs")
     box = lambda n: spaces.Box(-np.inf, np.inf, (n,), np.float32)
 
     class World(ParallelEnv):
-        metadata = {"name": type(env).__name__, "render_modes": modes}
+        metadata = {"name": type(env).__name__, "render_modes": []}
 
         def __init__(self):
-            self.render_mode, self.max_cycles, self._stream, self.agents = render_mode, env.horizon, None, []
+            self.max_cycles, self.render_mode, self._stream, self.agents = env.horizon, None, None, []
             self.possible_agents = names = [f"agent_{i}" for i in range(env.num_agents)]
             self.observation_spaces = {name: box(O) for name, O in zip(names, env.obs_dims)}
             # who moves and speaks at once numbers the pairs: the product of its blocks
@@ -78,7 +75,7 @@ def to_pettingzoo(env, render_mode=None):
                 return {}, {}, {}, {}, {}
             dtype, names = torch.long if env.discrete else torch.float32, self.agents
             action = [np.asarray(actions[name])[None] for name in names]  # each (1,) or (1, A)
-            action = tuple(torch.as_tensor(a, dtype=dtype, device=self._device) for a in action)
+            action = tuple(torch.as_tensor(a, dtype=dtype, device=env.device) for a in action)
             action = action if env.num_agents > 1 else action[0]
             obs, reward, terminated, truncated, info = self._run(env.step, action)
             if terminated[0] or truncated[0]:
@@ -86,12 +83,8 @@ def to_pettingzoo(env, render_mode=None):
             ends = [dict.fromkeys(names, bool(flag[0])) for flag in (terminated, truncated)]
             return self._obs(obs), dict(zip(names, reward[0].tolist())), *ends, {n: dict(info) for n in names}
 
-        def render(self):
-            return env.render() if self.render_mode else None
-
         def _obs(self, obs):
             obs = obs if env.num_agents > 1 else (obs,)
-            self._device = obs[0].device
             return {name: o[0].cpu().numpy().copy() for name, o in zip(self.possible_agents, obs)}
 
         def _run(self, call, argument):
@@ -216,9 +209,9 @@ class _Copies(Env):
 
     def step(self, action):
         action, reward = self.check_action(action), np.zeros((self.num_envs, self.num_agents), np.float32)
-        if self.discrete and not torch.is_tensor(action):
-            action = [a.argmax(1) for a in action]
-        action = [a.detach().cpu().numpy() for a in action]  # each (B,) or (B, A)
+        if isinstance(action, tuple):  # of floats; (N, B) numbers are an array
+            action = [a.detach().cpu().numpy() for a in action]
+            action = [a.argmax(1) for a in action] if self.discrete else action
         self.t += 1
         for b, env in enumerate(self.envs):
             if not env.agents:  # over

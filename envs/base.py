@@ -1,5 +1,8 @@
 """What the envs share: the constructor, the checks of the contract (envs/__init__.py) and sets of tasks."""
 
+from functools import cached_property
+from math import prod
+
 import numpy as np
 import torch
 
@@ -9,7 +12,7 @@ STRIPES = 100  # of a task range, along its first coordinate; every fifth is hel
 class Env:
     """B rows that play side by side. They are rows mine.start, mine.start + 1, ... of `total` rows, which
     `world` processes share: each draws the random numbers of all rows and cuts its own out of them, so that
-    what befalls a row does not depend on who plays it."""
+    what befalls a row does not depend on the process that plays it."""
 
     default_horizon, num_agents, discrete = 100, 1, False
     soft = False  # discrete, but (B, A_i) floats will do as well
@@ -22,7 +25,7 @@ class Env:
         if not 0 <= rank < world:
             raise ValueError(f"{name}: part must be (rank, world) with 0 <= rank < world, not {part}")
         self.name, self.num_envs, self.horizon, self.device = name, num_envs, horizon, device
-        self.threads, self.part = threads, part
+        self.threads = threads
         self.total, self.mine = world * num_envs, slice(rank * num_envs, (rank + 1) * num_envs)
 
     def check_task(self, task):
@@ -42,27 +45,45 @@ class Env:
         if split not in self.splits:
             raise ValueError(f"{self.name}: split must be one of {', '.join(self.splits)}, not {split!r}")
 
+    @cached_property
+    def choices(self):
+        """(N, 1): how many actions each agent has, where they are numbers."""
+        splits = getattr(self, "action_splits", [(A,) for A in self.action_dims])
+        return np.array([[prod(split)] for split in splits], np.uint64)
+
     def check_action(self, action):
-        """The actions of all agents: numbers stacked, (N, B) long, or a tuple of (B, A_i) floats. ValueError
-        for anything else."""
+        """The actions of all agents: numbers as an array (N, B) of its own, or a tuple of (B, A_i) floats.
+        ValueError for anything else."""
         alone = self.num_agents == 1 and torch.is_tensor(action)
-        B, action = self.num_envs, (action,) if alone else tuple(action)
+        action = (action,) if alone else tuple(action)
         numbers = self.discrete and not (self.soft and action and action[0].is_floating_point())
-        wanted = [(B,) if numbers else (B, A) for A in self.action_dims]
-        given = [tuple(a.shape) for a in action]
-        if given != wanted:
-            raise ValueError(f"{self.name}: action must be {wanted}, one for each agent, not {given}")
+        wanted = [(self.num_envs,) if numbers else (self.num_envs, A) for A in self.action_dims]
+        if [a.shape for a in action] != wanted:
+            raise ValueError(f"{self.name}: action must be {wanted}, one for each agent, "
+                             f"not {[tuple(a.shape) for a in action]}")
         if not numbers:
             return action
-        action, choices = torch.stack(action), getattr(self, "choices", self.action_dims)
-        number = action.cpu().numpy()  # (N, B)
-        if number.dtype != np.int64 or number.min() < 0 or (number.T >= choices).any():
-            raise ValueError(f"{self.name}: actions must be long, in 0 .. {[n - 1 for n in choices]}, "
-                             f"not {number.min(1).tolist()} .. {number.max(1).tolist()} of {number.dtype}")
-        return action
+        number = torch.stack(action).cpu().numpy()
+        # One comparison: seen as unsigned, a negative number is larger than any.
+        if number.dtype != np.int64 or (number.view(np.uint64) >= self.choices).any():
+            most = (self.choices[:, 0] - 1).tolist()
+            raise ValueError(f"{self.name}: actions must be long, in 0 .. {most}, not "
+                             f"{number.min(1).tolist()} .. {number.max(1).tolist()} of {number.dtype}")
+        return number
+
+    def fresh(self, x):
+        """An array that nobody else has, as a tensor on the env's device."""
+        x = torch.from_numpy(x)
+        return x if self.device == "cpu" else x.to(self.device)
+
+    def clock(self):
+        """terminated and truncated, (B,) each, of a step in which no row ends before its time."""
+        over = np.zeros((2, self.num_envs), bool)
+        over[1] = self.t >= self.horizon
+        return self.fresh(over[0]), self.fresh(over[1])
 
     def tensor(self, x, dtype=torch.float32):
-        """A copy of an array on the env's device: what a caller gets is his, and does not change later."""
+        """A copy of an array on the env's device: what a caller gets does not change later."""
         return torch.tensor(x, dtype=dtype, device=self.device)
 
 

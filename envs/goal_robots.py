@@ -9,16 +9,16 @@ reacher2   an arm of two links; p is its fingertip                         8    
 reacher4   an arm of four links                                           14    4   50 rad/s   0.11
 
 Names     `small_ant`, because ant_goal is MAML's full-size ant with another reward; arms by their links.
-Actions   u = action_scale * a clipped to [-1, 1], times the speed above: the commanded velocity of each joint
-          for 5 physics steps (0.05 s). All actuators are servos, torque = command - velocity.
+Actions   u = a clipped to [-1, 1], times the speed above: the commanded velocity of each joint for 5
+          physics steps (0.05 s). All actuators are servos, torque = command - velocity.
 Reward    -|p - goal| - 0.0005 |u|^2, where p is the position in the plane after the step. The factor 0.0005
           is that of the authors' code; the supplement has 0.001. Arrival earns nothing: the episode ends, and
           with it the negative rewards. Standing still scores about -156, -147 and -264 on the three sets of
           goals (wheeled, small_ant).
-Start     always the same pose, at rest: nothing is drawn. The goal is hidden; obs[:, env.position] is p.
+Start     always the same pose, at rest: nothing is drawn. The goal is hidden, p observed.
 End       |p - goal| < the last column; small_ant: torso height outside [0.15, 0.45]; a row that diverges, as
           in envs/mujoco.py. info has "arrived" and "diverged", (B,) bool. Ended rows are not simulated.
-Tasks     three fixed sets of 100 goals (2,), drawn once from `task_seed`: split "train" (D) and "test" (D')
+Tasks     three fixed sets of 100 goals (2,), drawn once: split "train" (D) and "test" (D')
           on the ring 0.2 < |g| < 1.1, all at least 0.1 apart (reacher4: 0.11), and "test2" (D'') beyond it,
           on 1.1 < |g| < 1.5. So the three never overlap. sample_tasks(n, split) draws n different goals of
           the 100 from torch's global CPU stream; beyond 100 they repeat.
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from .base import FiniteTasks
-from .mujoco import Bodies, Screen, positive_scale
+from .mujoco import Bodies, Screen
 
 NUM_GOALS = 100  # in each set
 RINGS = {"train": (0.2, 1.1), "test": (0.2, 1.1), "test2": (1.1, 1.5)}
@@ -123,8 +123,6 @@ TEXTS = {
     "reacher4": lambda: reacher_text(*ARMS["reacher4"], "5.675675675675676", "1.2972972972972971", 50),
 }
 ARRIVAL = {"wheeled": 0.02, "small_ant": 0.03, "reacher2": 0.06, "reacher4": 0.11}
-POSITION = {"wheeled": slice(0, 2), "small_ant": slice(0, 2),  # of p in the observation
-            "reacher2": slice(6, 8), "reacher4": slice(12, 14)}
 ANT_POSE = [0, 0, 0.25, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1]
 
 
@@ -136,20 +134,19 @@ def fingertip(q, length, last):
 
 
 @functools.cache
-def goal_sets(seed=1, spacing=0.1):
+def goal_sets(spacing=0.1):
     """{split: (100, 2)}: D, D' and D'' from one stream. A goal of D or D' keeps its distance from all goals
     of both, a goal of D'' from those of D'' alone."""
-    draw, sets = np.random.RandomState(seed), {}
+    draw, sets = np.random.RandomState(1), {}
     for split, (inner, outer) in RINGS.items():
-        near = [] if split == "test2" else [g for goals in sets.values() for g in goals]
-        sets[split] = []
-        while len(sets[split]) < NUM_GOALS:
+        near = sets["train"] if split == "test" else np.empty((0, 2))
+        start = len(near)
+        while len(near) < start + NUM_GOALS:
             g = draw.uniform(-1.5, 1.5, size=2)
-            apart = all(np.linalg.norm(g - other) >= spacing for other in near)
-            if inner < np.linalg.norm(g) < outer and apart:
-                sets[split].append(g)
-                near.append(g)
-    return {split: np.array(goals) for split, goals in sets.items()}
+            if inner < np.linalg.norm(g) < outer and (np.linalg.norm(near - g, axis=1) >= spacing).all():
+                near = np.vstack([near, g])
+        sets[split] = near[start:]
+    return sets
 
 
 class GoalRobot(FiniteTasks, Bodies):
@@ -158,13 +155,13 @@ class GoalRobot(FiniteTasks, Bodies):
 
     task_dim = 2
 
-    def __init__(self, name, num_envs, action_scale=1.0, stale=False, task_seed=1, **common):
+    def __init__(self, name, num_envs, stale=False, **common):
         super().__init__(name, num_envs, **common)
-        self.action_scale, self.stale = positive_scale(name, action_scale), stale
+        self.stale = stale
         model = mujoco.MjModel.from_xml_string(TEXTS[name]())
         self.build(model)
-        self.speed, self.position, self.radius = model.actuator_ctrlrange[0, 1], POSITION[name], ARRIVAL[name]
-        self.tasks = goal_sets(task_seed, 0.11 if name == "reacher4" else 0.1)
+        self.speed, self.radius = model.actuator_ctrlrange[0, 1], ARRIVAL[name]
+        self.tasks = goal_sets(0.11 if name == "reacher4" else 0.1)
         self.start, self.nq = np.zeros(1 + model.nq + model.nv), model.nq  # time, qpos, qvel
         if name == "small_ant":
             self.start[1 : 1 + model.nq] = ANT_POSE

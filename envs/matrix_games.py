@@ -26,7 +26,7 @@ class MatrixGame(Env):
 
     discrete, default_horizon, splits = True, 150, tuple(SPLITS)
 
-    def __init__(self, name, num_envs, index_obs=False, personas=None, persona_seed=0, ood=False, **common):
+    def __init__(self, name, num_envs, index_obs=False, personas=None, ood=False, **common):
         super().__init__(name, num_envs, **common)
         game, self.num_agents, self.index_obs = name[:3], int(name[3:] or 2), index_obs
         self.actions, N = len(PAYOFF[game]), self.num_agents
@@ -39,10 +39,11 @@ class MatrixGame(Env):
         pay = torch.tensor(PAYOFF[game])[joint[:, :, None], joint[:, None, :]]  # (S-1, N, N)
         pay = (pay.sum(2) - pay.diagonal(dim1=1, dim2=2)) / (N - 1)
         self.reward_table = torch.cat([torch.zeros(1, N), pay]).to(self.device)  # (S, N)
-        self.digit = self.actions ** torch.arange(N - 1, -1, -1, device=self.device)[:, None]  # (N, 1)
+        self.shapes = [(num_envs,)] * N
+        self.pay, self.rows = self.reward_table.cpu().numpy(), np.eye(S, dtype=np.float32)
         classes = CLASSES[game]
         if personas is None:
-            self.personas = draw_personas(classes, S, self.actions, persona_seed, ood)
+            self.personas = draw_personas(classes, S, self.actions, 0, ood)
         else:
             self.personas = load_personas(personas, classes, S, self.actions)
 
@@ -52,20 +53,22 @@ class MatrixGame(Env):
         if task is not None and tuple(task.shape) != wanted:
             raise ValueError(f"{self.name}: task must be {wanted}, not {tuple(task.shape)}")
         self.t = 0
-        self.state = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
-        return self._obs()
+        return self._obs(np.zeros(self.num_envs, np.int64))
 
     def step(self, action):
-        joint = (self.check_action(action) * self.digit).sum(0)  # a number in base A
-        self.state, self.t = joint + 1, self.t + 1
-        truncated = torch.full_like(self.state, self.t >= self.horizon, dtype=torch.bool)
-        return self._obs(), self.reward_table[self.state], torch.zeros_like(truncated), truncated, {}
+        try:  # reads the joint action as a number in base A and refuses what is out of range, at once
+            joint = np.ravel_multi_index([a.cpu().numpy() for a in action], self.action_dims)
+        except (TypeError, ValueError):
+            joint = None
+        if joint is None or [a.shape for a in action] != self.shapes:
+            self.check_action(action)  # slower, but says what is wrong
+        joint += 1
+        self.t += 1
+        return self._obs(joint), self.fresh(self.pay.take(joint, 0)), *self.clock(), {}
 
-    def _obs(self):
-        if self.index_obs:
-            return tuple(self.state.clone() for _ in range(self.num_agents))
-        state = torch.nn.functional.one_hot(self.state, self.states).float()
-        return state, *(state.clone() for _ in range(self.num_agents - 1))
+    def _obs(self, state):
+        seen = state if self.index_obs else self.rows.take(state, 0)  # (B,) or (B, S)
+        return tuple(map(self.fresh, [seen, *[seen.copy() for _ in range(self.num_agents - 1)]]))
 
     def sample_tasks(self, n, split="train"):
         """(n, N-1, S, A) logits: every opponent drawn from the whole split, uniformly, with replacement."""
@@ -111,19 +114,14 @@ def load_personas(path, classes, S, A):
     ValueError."""
     try:
         with np.load(path) as data:
-            arrays = {key: data[key] for key in data.files}
-    except Exception as e:  # missing, not an .npz, truncated, pickled: all are the user's to know
-        raise ValueError(f"personas {path}: cannot be read as .npz ({e})") from None
-    out = {}
-    for split in SPLITS:
-        out[split] = {}
-        for name in classes:
-            value = arrays.get(f"{name}_{split}")
-            if value is None:
-                raise ValueError(f"personas {path}: no array {name}_{split}; wanted: <class>_<split> for "
-                                 f"{', '.join(classes)} and {', '.join(SPLITS)}")
-            if value.ndim != 3 or value.shape[1:] != (S, A) or not len(value) or not np.isfinite(value).all():
+            out = {split: {name: torch.tensor(data[f"{name}_{split}"]).float() for name in classes}
+                   for split in SPLITS}
+    except Exception as error:  # missing, not an .npz, truncated, pickled, without an array: users must know
+        raise ValueError(f"personas {path}: wanted an .npz of <class>_<split> for {', '.join(classes)} and "
+                         f"{', '.join(SPLITS)} ({error})") from None
+    for split, pools in out.items():
+        for name, pool in pools.items():
+            if pool.shape[1:] != (S, A) or not len(pool) or not pool.isfinite().all():
                 raise ValueError(f"personas {path}: {name}_{split} must be finite, (n, {S}, {A}), "
-                                 f"not {value.shape}")
-            out[split][name] = torch.tensor(value, dtype=torch.float32)
+                                 f"not {tuple(pool.shape)}")
     return out

@@ -9,8 +9,7 @@ ant_dir             d vx - 0.005 |u|^2 + 0.05                                   
 ant_vel             -|vx - v*| + 1 - 0.005 |u|^2 + 0.05                                   v* in [0, 3]
 ant_goal            -|px - gx| - |py - gy| + 4 - 0.005 |u|^2 + 0.05                       g in [-3, 3]^2
 
-Actions   u = action_scale * a clipped to [-1, 1], the motors' range, held for 5 physics steps (0.05 s).
-          action_scale = 1/c is "clip to [-c, c], divide by c" (the MAML authors: c = 1; later codes: 10).
+Actions   u = a clipped to [-1, 1], the motors' range, held for 5 physics steps (0.05 s).
 State     every row's (time, qpos, qvel) as float64 in env.state. An episode starts at the model's own
           pose, qpos + U(-0.1, 0.1), qvel + 0.1 N(0, 1), drawn from torch's global CPU stream.
 Observed  HalfCheetah (20): qpos without x, qvel, torso position. Ant (41): qpos, qvel, the torso's rotation
@@ -24,7 +23,7 @@ observations. v5 pays HalfCheetah vx - 0.1 |u|^2 and Ant vx + 1 - 0.5 |u|^2 - 0.
 MAML authors' ant pays that contact cost too (at most 0.042 a step) and observes the forces; here they are
 neither paid for nor observed. v5 leaves x and, for Ant, y out of the observation, and takes Ant's velocity
 from positions that lag the state by part of a physics step; here they come from qpos.
-Warm start: the constraint solver starts each env step from zero. The worlds are bit-equal to a gymnasium env
+Warm start: the constraint solver starts each env step from zero. These envs are bit-equal to a gymnasium env
 whose data.qacc_warmstart is zeroed before every step, and drift from an untouched one as chaos has it (1e-13
 after 10 steps).
 """
@@ -93,7 +92,7 @@ class Bodies(Env):
     """What all robots share: B bodies of one model, H steps. Subclasses say what is seen (_observe), what is
     paid and who has ended (_judge)."""
 
-    frame_skip, default_horizon, action_scale, speed = 5, 200, 1.0, 1.0
+    frame_skip, default_horizon, speed = 5, 200, 1.0
 
     def build(self, model):
         self.sim, self.screen = Simulator(model, self.num_envs, self.frame_skip, self.threads), None
@@ -107,8 +106,8 @@ class Bodies(Env):
     def step(self, action):
         action = torch.cat(self.check_action(action), 1).detach().cpu().double().numpy()  # (B, U)
         rows = np.flatnonzero(~self.terminated)  # (n,): only who is alive costs physics
-        a = self.action_scale * action[rows]
-        u, before = np.clip(a, -1, 1), self.state[rows]
+        a, before = action[rows], self.state[rows]
+        u = np.clip(a, -1, 1)
         after, diverged = self.sim.step(before, self.speed * u, rows)  # (n, S), (n,)
         after = self.state[rows] = np.where(diverged[:, None], before, after)
         v = (after[:, 1] - before[:, 1]) / self.sim.dt
@@ -142,28 +141,16 @@ class Bodies(Env):
         return self.screen.draw(self.sim.models[row], self.state[row])
 
 
-def positive_scale(name, action_scale):
-    if not action_scale > 0:
-        raise ValueError(f"{name}: action_scale must be positive, not {action_scale}")
-    return action_scale
-
-
 class Locomotion(Bodies):
     """The tasks of MAML. reset(task) takes (B, D) tasks, one a row; without them it draws training tasks."""
 
     splits = ("train", "test")
 
-    def __init__(self, name, num_envs, action_scale=1.0, integrator=None, **common):
+    def __init__(self, name, num_envs, **common):
         super().__init__(name, num_envs, **common)
-        self.action_scale, self.kind = positive_scale(name, action_scale), name.rpartition("_")[2]
-        model = mujoco.MjModel.from_xml_path(os.path.join(ASSETS, self.xml))
-        if integrator is not None:  # another one than the model's own is another task: "implicitfast", ...
-            kinds = {k.removeprefix("mjINT_").lower(): v for k, v in mujoco.mjtIntegrator.__members__.items()}
-            if integrator not in kinds:
-                raise ValueError(f"integrator must be one of {', '.join(kinds)}, not {integrator!r}")
-            model.opt.integrator = kinds[integrator]
-        self.build(model)
-        self.action_dims, self.task_dim = (model.nu,), 1 + (self.kind == "goal")
+        self.build(mujoco.MjModel.from_xml_path(os.path.join(ASSETS, self.xml)))
+        self.kind = name.rpartition("_")[2]
+        self.action_dims, self.task_dim = (self.sim.model.nu,), 1 + (self.kind == "goal")
         if self.kind == "dir":
             self.all_tasks = self._directions
 

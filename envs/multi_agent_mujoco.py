@@ -10,7 +10,7 @@ hopper_param             3: thigh; leg; foot                         (2): q, v o
 two_agent_half_cheetah   2: as cheetah_dir                           (17): qpos without x,  d
                                                                      qvel, for both
 
-cheetah_dir and hopper_param are two worlds of MG2L (Zhao et al., 2025): in MaMuJoCo's words "2x3" and "3x1"
+cheetah_dir and hopper_param are two envs of MG2L (Zhao et al., 2025): in MaMuJoCo's words "2x3" and "3x1"
 with agent_obsk=0 and global_categories=(): nobody observes the torso. Hopper's v is cut to [-10, 10], as in
 v5. two_agent_half_cheetah is the third game of Meta-MAPG (Kim et al., 2021, arXiv:2011.00382).
 
@@ -50,7 +50,7 @@ FIELDS = "body_mass", "dof_damping", "geom_friction", "body_inertia"  # in the o
 
 
 class Drivers(FiniteTasks, Bodies):
-    """What the worlds share: B bodies, H steps, N drivers. reset(task) takes (B, D) tasks, one a row; without
+    """What the envs share: B bodies, H steps, N drivers. reset(task) takes (B, D) tasks, one a row; without
     them it draws training tasks. self.columns[i] are the columns of the state that driver i sees."""
 
     default_horizon = 1000
@@ -75,17 +75,21 @@ class CheetahDir(Drivers):
         return self.task[rows, 0] * v - 0.1 * (a**2).sum(1), False
 
 
-class TwoAgentHalfCheetah(CheetahDir):
+class WholeCheetah(CheetahDir):
+    """Both drivers see all of it."""
+
     default_horizon, obs_dims, columns = 200, (17, 17), (slice(2, None),) * 2
 
+    def _judge(self, rows, after, v, a, u):
+        return self.task[rows, 0] * v - 0.1 * (u**2).sum(1), False
+
+
+class TwoAgentHalfCheetah(WholeCheetah):
     def __init__(self, name, num_envs, direction=1, **common):
         if direction not in (-1, 1):
             raise ValueError(f"{name}: direction must be -1 or 1, not {direction!r}")
         super().__init__(name, num_envs, **common)
         self.tasks = dict.fromkeys(("train", "test"), np.array([[float(direction)]]))
-
-    def _judge(self, rows, after, v, a, u):
-        return self.task[rows, 0] * v - 0.1 * (u**2).sum(1), False
 
 
 class HopperParam(Drivers):
@@ -145,8 +149,8 @@ GRID = 2.0**-10  # the unit of the weights, which are kept as whole numbers ...
 PEERS = os.path.join(os.path.dirname(__file__), "..", "benchmark", "peers", "half_cheetah_dir.npz")
 
 
-class HalfCheetahPeers(TwoAgentHalfCheetah):
-    """To the right, with peers as tasks: whom agent 0 meets does not change the world, so reset() ignores
+class HalfCheetahPeers(WholeCheetah):
+    """To the right, with peers as tasks: whom agent 0 meets does not change the env, so reset() ignores
     them."""
 
     def __init__(self, name, num_envs, peers=None, **common):

@@ -3,14 +3,10 @@
 Sec. 5.3).
 
 State     the position in the plane, which is also the observation; it starts at (0, 0).
-Actions   the displacement: action_scale * a, each component clipped to [-0.1, 0.1].
+Actions   the displacement, each component clipped to [-0.1, 0.1].
 Reward    minus the Euclidean distance to the goal after the step.
 End       both components closer than 0.01 to the goal. The row then rests where it is, with reward 0.
 Task      the goal, (2,), uniform on [-0.5, 0.5]^2.
-
-action_scale=1 takes the policy's action as it is, as a common PyTorch implementation of MAML-RL does: a
-policy of standard deviation 1 then starts almost bang-bang. 0.1 is the MAML authors' own code, which maps
-[-1, 1] to the range of a step. Do not compare numbers of the two.
 """
 
 import torch
@@ -24,12 +20,6 @@ class Navigation(Env):
 
     obs_dims, action_dims, task_dim, splits = (2,), (2,), 2, ("train", "test")
 
-    def __init__(self, name, num_envs, action_scale=1.0, **common):
-        super().__init__(name, num_envs, **common)
-        if not action_scale > 0:
-            raise ValueError(f"{name}: action_scale must be positive, not {action_scale}")
-        self.action_scale = action_scale
-
     def reset(self, task=None):
         self.task = self.check_task(task).to(self.device, torch.float32)  # (B, 2)
         self.t, self.x = 0, torch.zeros(self.num_envs, 2, device=self.device)
@@ -39,8 +29,8 @@ class Navigation(Env):
     def step(self, action):
         (action,) = self.check_action(action)
         alive = ~self.terminated[:, None]  # (B, 1)
-        move = (self.action_scale * action).clamp(-0.1, 0.1)
-        self.x, self.t = torch.where(alive, self.x + move, self.x), self.t + 1
+        self.x = torch.where(alive, self.x + action.clamp(-0.1, 0.1), self.x)
+        self.t += 1
         gap = self.x - self.task
         reward = torch.where(alive, -gap.norm(dim=1, keepdim=True), 0)  # (B, 1)
         self.terminated = (gap.abs() < 0.01).all(1)  # and stays so: a point that has arrived rests

@@ -104,7 +104,7 @@ class Particle(Env):
     landmarks, landmark_radius, obstacles, tint = 1, 0.05, 0, [GREY]
     spawn = 1.0  # landmarks start in [-spawn, spawn]^2, agents in [-1, 1]^2
     goals, colour = 0, None  # landmarks drawn as goals; how agents see one: channels, base, bonus, shift
-    extra, roles = 0, ()  # rows of the sheet for sense() to fill; names of the agents
+    extra = 0  # rows of the sheet for sense() to fill
     discrete, soft, default_horizon = True, True, 25
 
     def __init__(self, name, num_envs, num_agents=None, num_adversaries=None, dialect="mpe2", **common):
@@ -119,7 +119,6 @@ class Particle(Env):
         C = (N + self.obstacles) * self.solid  # entities that collide
         self.touch = np.where(np.eye(C, N), -np.inf, self.radii[:C, None] + self.radii[:N])  # (C, N)
         self.limit = None if self.max_speed is None else each(self.max_speed)[:, None]  # (N, 1)
-        self.agents = list(self.roles) or [f"adversary_{i}" if i < K else f"agent_{i - K}" for i in range(N)]
         self._lay_out(each(self.moves), each(self.words).tolist())
 
     def bodies(self, N, K):
@@ -147,8 +146,7 @@ class Particle(Env):
         integrate(self.pos[:, : self.num_agents], self.vel, force, self.limit, self.dialect)
         relate(self.pos, self.rel, self.dist)
         self.t, self.gain = self.t + 1, self.reward(self.dist)  # (N, B), float64
-        truncated = torch.full((self.num_envs,), self.t >= self.horizon, device=self.device)
-        return self._observe(), self._tensor(self.gain), torch.zeros_like(truncated), truncated, {}
+        return self._observe(), self._tensor(self.gain), *self.clock(), {}
 
     def measures(self):
         """{name: (B,)} of the present state: the benchmark measures of the original code."""
@@ -158,24 +156,14 @@ class Particle(Env):
             out["collisions"] = hits.sum((0, 1))
             if K:
                 out["caught"] = hits[K:, :K].sum((0, 1))
+        if K and self.goals == 1:
+            far = self.dist[-1]  # (N, B), from the goal
+            out |= {"goal_distance_adversary": far[:K].min(0), "goal_distance_good": far[K:].min(0)}
         return {name: self.tensor(x) for name, x in (out | self.count()).items()}
 
     def count(self):
         """What a scenario measures in addition, {name: (B,)}."""
         return {}
-
-    def state(self):
-        """The state, envs first: pos (B, N + L, 2), vel (B, N, 2), action (B, sum A), goal (B, G), t."""
-        parts = dict(pos=self.place, vel=self.vel, action=self.action, goal=self.goal)
-        return {name: x.T.copy() for name, x in parts.items()} | {"t": self.t}
-
-    def set_state(self, state):
-        """Continue from what state() gave, or from some entries of it; return the observation."""
-        for name, x in dict(pos=self.place, vel=self.vel, action=self.action).items():
-            x.T[:] = state.get(name, x.T)
-        self.t = state.get("t", self.t)
-        self._aim(np.asarray(state.get("goal", self.goal.T), np.int64).T)
-        return self._observe()
 
     def render(self, row=0, size=240):
         """(size, size, 3) uint8: one env. Agents are blue, adversaries red, landmarks grey, goals green and
@@ -217,14 +205,17 @@ class Particle(Env):
         N, L, G, B = self.num_agents, self.landmarks, self.goals, self.num_envs
         self.action_splits = tuple((5,) * m + (w,) * (w > 0) for m, w in zip(moves.tolist(), words))
         self.action_dims = tuple(map(sum, self.action_splits))
-        E, D = N + L + G, self.colour[0] if self.colour else 0  # a goal is one more entity, at its landmark
+        E = N + L + G  # a goal is one more entity, at its landmark
+        D = self.colour[0] if self.colour else 0
         shapes = dict(vel=(2, N), pos=(2, E), rel=(2, E, N), shades=(D, G), action=(sum(self.action_dims),),
                       more=(self.extra,), const=(3,))
-        self.sheet, see, end = np.zeros((sum(map(prod, shapes.values())), B)), SimpleNamespace(), 0
+        self.sheet = np.zeros((sum(map(prod, shapes.values())), B))
+        see, start = SimpleNamespace(), 0
         for part, shape in shapes.items():
-            start, end = end, end + prod(shape)
-            setattr(self, part, self.sheet[start:end].reshape(*shape, B))
-            setattr(see, part, np.arange(start, end).reshape(shape).T)  # vel (N, 2), rel (N, E, 2), ...
+            rows = np.arange(start, start + prod(shape))
+            setattr(self, part, self.sheet[start : start + len(rows)].reshape(*shape, B))
+            setattr(see, part, rows.reshape(shape).T)  # vel (N, 2), rel (N, E, 2), ...
+            start += len(rows)
         self.const[:] = [[0.0], [0.1], [0.9]]
         self.place, self.dist = self.pos[:, : N + L], np.zeros((E, N, B))
         self.goal, self.t = np.zeros((G, B), np.int64), 0
@@ -232,8 +223,8 @@ class Particle(Env):
 
         see.marks, see.targets = range(N, N + L), range(N + L, E)
         see.others = [[j for j in range(N) if j != i] for i in range(N)]
-        lists = [np.concatenate([np.ravel(x) for x in self.observation(i, see)]) for i in range(N)]
-        self.seen, self.obs_dims = np.concatenate(lists).astype(int), tuple(map(len, lists))
+        seen = [np.concatenate([np.ravel(x) for x in self.observation(i, see)]) for i in range(N)]
+        self.seen, self.obs_dims = np.concatenate(seen).astype(int), tuple(map(len, seen))
 
     def _read_actions(self, see, moves, words):
         """Which rows push which agent, and which rows are words. Agent i's action begins at row first[i],
@@ -248,7 +239,6 @@ class Particle(Env):
         if self.dialect == "mpe":
             self.minus, self.plus = self.plus, self.minus
         self.thrust = np.broadcast_to(self.accel, (self.num_agents,))[:, None].astype(float)
-        self.choices = [prod(split) for split in self.action_splits]
         self.talkers = [i for i, split in enumerate(self.action_splits) if len(split) > 1]
 
     def _aim(self, goal):
@@ -264,15 +254,14 @@ class Particle(Env):
     def _act(self, action):
         """Write the joint action into the sheet: floats as they are, numbers as one-hot blocks."""
         action = self.check_action(action)
-        if not torch.is_tensor(action):
+        if isinstance(action, tuple):
             self.action[:] = torch.cat(action, 1).detach().cpu().numpy().T
             return
-        joint = action.cpu().numpy()  # (N, B)
         self.action[:], worlds = 0, np.arange(self.num_envs)
         for i in self.talkers:
-            joint[i], word = joint[i] % 5, joint[i] // 5
+            word, action[i] = divmod(action[i], 5)
             self.sheet[self.first[i] + 5 + word, worlds] = 1
-        self.sheet[self.first + joint, worlds] = 1
+        self.sheet[self.first + action, worlds] = 1
 
     def _observe(self):
         self.sense()
@@ -280,7 +269,7 @@ class Particle(Env):
         return obs.split(self.obs_dims, 1) if self.num_agents > 1 else obs
 
     def _tensor(self, x):
-        return torch.from_numpy(np.ascontiguousarray(x.T, np.float32)).to(self.device)  # always a copy
+        return self.fresh(np.ascontiguousarray(x.T, np.float32))  # always a copy
 
 
 def disc(frame, span, centre, radius, colour):
@@ -362,11 +351,6 @@ class Tag(Particle):
         return gain
 
 
-def goal_distances(env):
-    K, far = env.num_adversaries, env.dist[-1]  # (N, B)
-    return {"goal_distance_adversary": far[:K].min(0), "goal_distance_good": far[K:].min(0)}
-
-
 class Adversary(Particle):
     standard, fixed, half, solid, goals = (3, 1), False, False, False, 1
     radius, landmark_radius = 0.15, 0.08
@@ -384,9 +368,6 @@ class Adversary(Particle):
         gain[:K] = -far[:K] if self.dialect == "mpe2" else -(far[:K] ** 2)
         gain[K:] = far[:K].sum(0) - far[K:].min(0)
         return gain
-
-    def count(self):
-        return goal_distances(self)
 
 
 class Push(Particle):
@@ -406,12 +387,9 @@ class Push(Particle):
         gain[:K] += far[K:].min(0)
         return gain
 
-    def count(self):
-        return goal_distances(self)
-
 
 class SpeakerListener(Particle):
-    standard, solid, roles, moves, words = (2, 0), False, ("speaker_0", "listener_0"), (False, True), (3, 0)
+    standard, solid, moves, words = (2, 0), False, (False, True), (3, 0)
     radius, landmarks, landmark_radius, goals, colour = 0.075, 3, 0.04, 1, (3, 0.15, 0.5, 0)
 
     def observation(self, i, see):
@@ -436,7 +414,7 @@ class Reference(Particle):
 
 
 class Crypto(Particle):
-    standard, solid, roles, moves, words = (3, 1), False, ("eve_0", "bob_0", "alice_0"), False, 4
+    standard, solid, moves, words = (3, 1), False, False, 4  # Eve, Bob, Alice
     landmarks, goals, colour = 2, 2, (4, 0.0, 1.0, 0)  # the goals are message and key, as one-hot colours
 
     def observation(self, i, see):
@@ -460,8 +438,6 @@ class WorldComm(Tag):
         super().bodies(N, K)
         self.landmarks, self.obstacles, self.words = 5, 1, np.where(np.arange(N) == 0, 4, 0)
         self.extra = 2 * N + 2 * N * N + 2 * (N - K) * N
-        self.roles = ["leadadversary_0"] + [f"adversary_{i}" for i in range(K - 1)]
-        self.roles += [f"agent_{i}" for i in range(N - K)]
 
     def parts(self, x):
         """Cut the `extra` rows: in which forests agent n is, (2, N); what it sees of the others' positions,

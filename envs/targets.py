@@ -81,22 +81,11 @@ class Targets(FiniteTasks, Env):
             contact(force, self.rel, self.dist, self.touch)
         integrate(self.pos[:, :M], self.vel, force, self.limit, "mpe")
         obs, self.t = self._observe(), self.t + 1
-        truncated = torch.full((self.num_envs,), self.t >= self.horizon, device=self.device)
-        return obs, self._tensor(self.reward().T), torch.zeros_like(truncated), truncated, {}
+        return obs, self._tensor(self.reward().T), *self.clock(), {}
 
     def _uniform(self, n):
         """(2, n, B), uniform in [-1, 1]^2."""
         return 2 * torch.rand(2, n, self.total, dtype=torch.float64).numpy()[..., self.mine] - 1
-
-    def state(self):
-        """The state, envs first: pos (B, E, 2), vel (B, M, 2), task (B, D), t."""
-        return {"pos": self.pos.T.copy(), "vel": self.vel.T.copy(), "task": self.task.T.copy(), "t": self.t}
-
-    def set_state(self, state):
-        """Continue from what state() gave; return the observation."""
-        self.pos.T[:], self.vel.T[:] = state["pos"], state["vel"]
-        self.task, self.t = np.asarray(state["task"], float).T, state["t"]
-        return self._observe()
 
     def render(self, row=0, size=240):
         """(size, size, 3) uint8: one env. Agents are blue or red, what counts is green, the rest grey."""
@@ -118,7 +107,7 @@ class Targets(FiniteTasks, Env):
         return tuple(obs)
 
     def _tensor(self, x):
-        return torch.from_numpy(np.array(x, np.float32, order="C")).to(self.device)  # always a copy
+        return self.fresh(np.array(x, np.float32, order="C"))  # always a copy
 
     def _ways(self, i):
         """The ways from agent i to all other bodies, (E - 1, 2, B)."""

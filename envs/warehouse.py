@@ -148,7 +148,7 @@ class Warehouse(FiniteTasks, Env):
         return self._observe()
 
     def step(self, action):
-        action = self.check_action(action).T.cpu().numpy()  # (B, N)
+        action = self.check_action(action).T  # (B, N)
         row, cell, none = self.row, self.cell, self.shelf.shape[1] - 1
         loaded, shelf_at = self.carries < none, self._grid(self.shelf)
         target = cell + MOVES[self.direction]
@@ -168,9 +168,7 @@ class Warehouse(FiniteTasks, Env):
         drop = (action == TOGGLE) & loaded & ~self.highway[row, cell]
         self.carries = np.where(lift, shelf_at[row, cell], np.where(drop, none, self.carries))
         reward = self._deliver(none)
-        truncated = torch.full((self.num_envs,), self.t >= self.horizon, device=self.device)
-        reward = torch.from_numpy(reward).to(self.device)
-        return self._observe(), reward, torch.zeros_like(truncated), truncated, {}
+        return self._observe(), self.fresh(reward), *self.clock(), {}
 
     def _grid(self, cells):
         """Which of `cells` (B, n) is at each cell of the grid, (B, CELLS + 1); the last one, n - 1, also
@@ -211,7 +209,7 @@ class Warehouse(FiniteTasks, Env):
         own[..., 7] = self.highway[row, cell]
         around = ((CELLS + 1) * row + cell)[..., None] + WINDOW  # (B, N, 25): rows of the sheet laid out flat
         own[..., 8:] = sheet.reshape(-1, 7).take(around, axis=0).reshape(*cell.shape, -1)
-        return torch.from_numpy(out).to(self.device).unbind(0)
+        return self.fresh(out).unbind(0)
 
     def render(self, row=0, size=24):
         """(10 size, 10 size, 3) uint8: one row. Shelves are brown, requested shelves red, goals grey. Robots

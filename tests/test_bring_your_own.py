@@ -20,9 +20,7 @@ TASKS = {"train": np.arange(8.0).reshape(4, 2), "test": np.arange(4.0).reshape(2
 
 
 def script(name):
-    """The script and its smallest run. One without Section 7 is not on the common plumbing yet."""
-    if "7. Runs" not in (ROOT / f"{name}.py").read_text():
-        pytest.skip(f"{name}.py has no Section 7")
+    """The script and its smallest run."""
     tests = importlib.import_module(f"test_{name}")
     return importlib.import_module(name), tests.TINY | dict(total_steps=2 * tests.STEPS)
 

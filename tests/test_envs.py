@@ -10,11 +10,11 @@ import torch
 import envs
 
 B, H = 3, 4
-WITH_TASKS = [name for name in envs.WORLDS if hasattr(envs.make(name, 1), "sample_tasks")]
-FINITE = [name for name in WITH_TASKS
-          if hasattr(envs.make(name, 1), "all_tasks") and hasattr(envs.make(name, 1), "task_dim")]
+MADE = {name: envs.make(name, 1) for name in envs.WORLDS}
+WITH_TASKS, FINITE = ([name for name, env in MADE.items() if hasattr(env, member)]
+                      for member in ("sample_tasks", "all_tasks"))
+ENDS = ["nav2d", "uav", *(name for name, env in MADE.items() if hasattr(env, "sim"))]
 every = pytest.mark.parametrize("name", envs.WORLDS)
-ENDS = [name for name in envs.WORLDS if name in ("nav2d", "uav") or hasattr(envs.make(name, 1), "sim")]
 
 
 def tupled(x):
@@ -65,27 +65,24 @@ def test_shapes_and_types(name):
 
 
 @every
-def test_the_seed_decides(name):
-    one, two, other = (play(envs.make(name, 8, horizon=6), seed) for seed in (1, 1, 2))
-    assert same(one, two) and not same(one, other)
-
-
-@every
-def test_processes_that_share_a_batch_play_what_one_would(name):
-    whole = play(envs.make(name, 6, horizon=H), 1)
+def test_the_seed_decides_and_processes_that_share_a_batch_play_what_one_would(name):
+    whole, again, other = (play(envs.make(name, 6, horizon=H), seed) for seed in (1, 1, 2))
+    assert same(whole, again) and not same(whole, other)
     halves = [play(envs.make(name, 3, horizon=H, part=(k, 2)), 1, slice(3 * k, 3 * k + 3), 6) for k in (0, 1)]
     assert same(whole, [[torch.cat(rows) for rows in zip(*steps)] for steps in zip(*halves)])
 
 
 @every
 def test_what_an_env_returns_is_the_callers(name):
-    """Whoever writes into observations, rewards and flags, or keeps them, changes nothing."""
+    """Whoever writes into observations, rewards and flags, or keeps them, changes nothing, and no two of them
+    share their numbers."""
     clean, env = play(envs.make(name, B, horizon=H), 0), envs.make(name, B, horizon=H)
     torch.manual_seed(0)
     draw, kept = torch.Generator().manual_seed(0), tupled(env.reset())
     for wanted in clean[1:]:
-        for tensor in kept:
-            tensor.fill_(1)
+        for number, tensor in enumerate(kept):
+            tensor.fill_(number % 2)
+        assert all((tensor == number % 2).all() for number, tensor in enumerate(kept))
         obs, *rest, info = step(env, actions(env, draw))
         kept = (*tupled(obs), *rest)
         assert same([kept], [wanted])
@@ -116,14 +113,17 @@ def test_an_end_is_final(name):
             action = actions(env, draw)
             if broken and t == 3:
                 end_one(env, action)
-            obs, reward, terminated, *_ = step(env, action)
-            trace.append((torch.cat(tupled(obs), 1), reward, terminated))
+            obs, reward, terminated, _, info = step(env, action)
+            diverged = info.get("diverged", torch.zeros(B, dtype=torch.bool))
+            trace.append((torch.cat(tupled(obs), 1), reward, terminated, diverged))
         return [torch.stack(x) for x in zip(*trace)]
 
-    clean, (obs, reward, terminated) = run(False), run(True)
+    clean, (obs, reward, terminated, diverged) = run(False), run(True)
     assert terminated[3:, 1].all() and (reward[4:, 1] == 0).all()
+    assert diverged[:, 1].tolist() == [t > 2 and hasattr(MADE[name], "sim") for t in range(8)]
     assert name == "uav" or (obs[4:, 1] == obs[3, 1]).all()  # what one sees of the other there is noisy
-    assert all(torch.equal(x[:, [0, 2]], y[:, [0, 2]]) for x, y in zip(clean, (obs, reward, terminated)))
+    broken = obs, reward, terminated, diverged
+    assert all(torch.equal(x[:, [0, 2]], y[:, [0, 2]]) for x, y in zip(clean, broken))
 
 
 @every
@@ -131,18 +131,22 @@ def test_bad_actions(name):
     env, draw = envs.make(name, B, horizon=H), torch.Generator()
     env.reset()
     good = actions(env, draw)
-    bad = [[a[:2] for a in good], [a[:, None, None] for a in good], [torch.zeros(B, 77)] * env.num_agents]
+    bad = [[a[:2] for a in good], [a[:1] for a in good], [a[:, None, None] for a in good]]
+    bad += [[torch.zeros(B, 77)] * env.num_agents]
     if env.num_agents > 1:
-        bad += [good[:-1], [*good, good[0]], good[0]]  # one missing, one too many, one alone
+        bad += [good[:-1], [*good, good[0]], good[0], [good[0][:1], *good[1:]]]  # missing, too many, alone
     if env.discrete:
         bad += [[torch.full_like(a, n) for a in good] for n in (-1, 999)] + [[a.float() for a in good]]
+        bad += [[*good[:-1], torch.full_like(good[-1], n)] for n in (-1, 999)]
     else:
         bad += [[a[:, 0] for a in good]]
     for action in bad:
         with pytest.raises(ValueError) as error:
             env.step(action[0] if env.num_agents == 1 else action)
         assert "\n" not in str(error.value) and "action" in str(error.value)
+    kept = [a.clone() for a in good]
     step(env, good)
+    assert all(map(torch.equal, kept, good))  # and the caller's actions stay as they were
 
 
 @every
@@ -153,47 +157,31 @@ def test_bad_options(name):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, options", [
-    ("nav2d", dict(action_scale=0)), ("wheeled", dict(action_scale=-1)),
-    ("ant_dir", dict(integrator="verlet")), ("two_agent_half_cheetah", dict(direction=0)),
-    ("rware", dict(num_agents=0)), ("uav", dict(rows=1))])
-def test_bad_options_of_its_own(name, options):
-    with pytest.raises(ValueError, match=f"{name}|integrator"):
-        envs.make(name, 2, **options)
-
-
-@pytest.mark.parametrize("name, task", [
-    ("hopper_param", [[0.0] * 4]), ("hopper_param", [[torch.nan] * 4]), ("rware", [[0.0] * 5]),
-    ("rware", [[2.0, -1, 0, 0, 0]])])
-def test_tasks_that_make_no_sense(name, task):
-    with pytest.raises(ValueError, match="task"):
-        envs.make(name, 1).reset(torch.tensor(task))
-
-
-@pytest.mark.parametrize("name", ["ant_vel", "small_ant", "hopper_param"])
-def test_the_number_of_threads_changes_nothing(name):
-    one, *others = (play(envs.make(name, 11, horizon=15, threads=n), 0) for n in (1, 2, 5))
-    assert all(same(one, other) for other in others)
-
-
-def test_measures_of_particles():
-    """By hand: two of three agents touch, one stands on a landmark."""
-    env = envs.make("simple_spread", 2)
-    env.reset()
-    env.set_state(dict(pos=[[[0, 0], [0.2, 0], [1, 1], [0, 0], [0.2, 0.5], [1, 0]]] * 2))
-    wanted = {"collisions": 1, "landmark_distance": (0 + 0.5 + 0.8) / 3, "occupied_landmarks": 1}
-    got = env.measures()
-    assert got.keys() == wanted.keys() and all(got[k].tolist() == [pytest.approx(wanted[k])] * 2 for k in got)
-    env = envs.make("simple_push", 1)
-    env.set_state(dict(pos=[[[0, 0], [0.05, 0], [3, 0], [0, 4]]], goal=[[1]]))
-    got = {k: v.item() for k, v in env.measures().items()}
-    assert got["caught"] == got["collisions"] == 1 and got["goal_distance_adversary"] == 4
+@pytest.mark.parametrize("name, options, message", [
+    ("chess", {}, "chess.*known: ipd"), ("two_agent_half_cheetah", dict(direction=0), "-1 or 1"),
+    ("half_cheetah_peers", dict(direction=-1), "no option direction"),
+    ("rware", dict(num_agents=0), "1 to 100"),
+    ("simple", dict(num_agents=2), "1 agents, 0 of them"),
+    ("simple_crypto", dict(num_agents=4), "3 agents, 1 of them"),
+    ("simple_reference", dict(num_adversaries=1), "0 of them adversaries, not 2 and 1"),
+    ("simple_tag", dict(num_agents=3, num_adversaries=3), "not 3 of 3 agents"),
+    ("simple_push", dict(num_adversaries=0), "not 0 of 2 agents"),
+    ("simple_spread", dict(num_adversaries=1), "no adversaries, not 1 of 3"),
+    ("simple_spread", dict(num_agents=0), "needs an agent"),
+    ("simple", dict(dialect="mpe3"), "'mpe2' or 'mpe', not 'mpe3'")])
+def test_bad_options_of_its_own(name, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        envs.make(name, 1, **options)
+    assert "\n" not in str(error.value)
 
 
 @every
 def test_bad_tasks(name):
     env = envs.make(name, B)
-    for task in torch.zeros(B, 9), torch.zeros(B + 1, getattr(env, "task_dim", 1)):
+    bad = [torch.zeros(B, 9), torch.zeros(B + 1, getattr(env, "task_dim", 1))]
+    bad += dict(hopper_param=[torch.zeros(B, 4), torch.full((B, 4), torch.nan)],
+                rware=[torch.zeros(B, 5), torch.tensor([[2.0, -1, 0, 0, 0]] * B)]).get(name, [])
+    for task in bad:
         with pytest.raises(ValueError, match="task"):
             env.reset(task)
     if name in WITH_TASKS:
@@ -216,28 +204,26 @@ def test_tasks(name):
         if hasattr(env, "task_dim"):
             assert tasks.shape == (50, env.task_dim)
         env.reset(tasks[:B])
+        if name in FINITE:
+            every = env.all_tasks(split)
+            assert every.dtype == torch.float32 and every.shape[1:] == tasks.shape[1:]
+            assert torch.equal(every, envs.make(name, 1).all_tasks(split))  # the same in every env and run
+            assert len(every.unique(dim=0)) == len(every)
+            if hasattr(env, "task_dim"):  # all of them come, and nothing else
+                drawn = env.sample_tasks(40 * len(every), split)
+                assert torch.equal(drawn.unique(dim=0), every.unique(dim=0))
 
 
-@pytest.mark.parametrize("name", FINITE)
-def test_finite_sets_of_tasks(name):
-    torch.manual_seed(0)
-    env = envs.make(name, 2)
-    for split in env.splits:
-        tasks = env.all_tasks(split)
-        assert tasks.dtype == torch.float32 and tasks.shape == (len(tasks), env.task_dim)
-        assert torch.equal(tasks, envs.make(name, 1).all_tasks(split))  # the same in every env and run
-        assert len(tasks.unique(dim=0)) == len(tasks)
-        drawn = env.sample_tasks(40 * len(tasks), split)
-        assert torch.equal(drawn.unique(dim=0), tasks.unique(dim=0))  # all of them come, and nothing else
-        env.reset(tasks[[0, -1]])
+@pytest.mark.parametrize("name", ["ant_vel", "small_ant", "hopper_param"])
+def test_the_number_of_threads_changes_nothing(name):
+    one, *others = (play(envs.make(name, 11, horizon=15, threads=n), 0) for n in (1, 2, 5))
+    assert all(same(one, other) for other in others)
 
 
-@every
+@pytest.mark.parametrize("name", [name for name, env in MADE.items() if hasattr(env, "render")])
 def test_a_picture(name):
     env = envs.make(name, 2)
     env.reset()
-    if not hasattr(env, "render"):
-        return
     try:
         frame = env.render(1)
     except RuntimeError as error:  # no OpenGL here
@@ -267,8 +253,3 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(ValueError, match="package.*mujoco") as error:
         envs.make("wheeled", 2)
     assert "\n" not in str(error.value)
-
-
-def test_an_unknown_name():
-    with pytest.raises(ValueError, match="chess.*known: ipd"):
-        envs.make("chess", 4)

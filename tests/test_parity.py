@@ -11,6 +11,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from test_envs import tupled
 
 from envs import WORLDS, make
 from envs.adapters import from_pettingzoo
@@ -24,12 +25,18 @@ UP, DOWN, WEST, EAST = range(4)
 
 
 # ---------------- envs/particle.py: mpe2, and the rules of 2017 written out
-B = 6  # worlds side by side
+B = 4  # worlds side by side
 PARTICLES = [name for name, (module, _) in WORLDS.items() if module == "particle"]
 
 
-def tupled(x):
-    return (x,) if torch.is_tensor(x) else tuple(x)
+def put(env, goal=None, **state):
+    """Brings worlds into a state, worlds first: pos, vel (B, bodies, 2), action (B, sum A), goal (B, G), task
+    (B, D). What is not named stays. Returns the observations, as a tuple."""
+    for name, x in state.items():
+        getattr(env, "place" if name == "pos" and hasattr(env, "place") else name).T[:] = x
+    if hasattr(env, "goal"):
+        env._aim(env.goal if goal is None else np.array(goal, int).T)
+    return tupled(env._observe())
 
 
 def random_action(env, rng, soft):
@@ -83,11 +90,9 @@ def crowd(rng, worlds, env):
             agent.state.p_pos = world.agents[0].state.p_pos + rng.uniform(-0.06, 0.06, 2)
         for agent in world.agents:
             agent.state.p_vel = rng.uniform(-1.5, 1.5, 2) * agent.movable
-    return tupled(env.set_state(dict(
-        pos=[[body.state.p_pos for body in world.entities] for world in worlds],
-        vel=[[agent.state.p_vel for agent in world.agents] for world in worlds],
-        goal=[goals_of(env.name, world) for world in worlds],
-        action=np.zeros((len(worlds), sum(env.action_dims))))))
+    return put(env, action=0, goal=[goals_of(env.name, world) for world in worlds],
+               pos=[[body.state.p_pos for body in world.entities] for world in worlds],
+               vel=[[agent.state.p_vel for agent in world.agents] for world in worlds])
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -95,26 +100,28 @@ def crowd(rng, worlds, env):
 def test_the_same_steps_as_mpe2(name, ours, other, soft):
     env, rng = make(name, B, horizon=1000, **ours), np.random.default_rng(0)
     copies = [theirs(name, continuous_actions=soft, **other) for _ in range(B)]
-    raw, pushes = [copy.unwrapped for copy in copies], 0
-    assert env.agents == copies[0].possible_agents
-    assert env.obs_dims == tuple(copies[0].observation_space(a).shape[0] for a in env.agents)
-    for episode in range(4):
+    raw, pushes, names = [copy.unwrapped for copy in copies], 0, copies[0].possible_agents
+    assert env.obs_dims == tuple(copies[0].observation_space(a).shape[0] for a in names)
+    assert env.num_adversaries == sum("adversary" in a or a == "eve_0" for a in names)
+    for episode in range(3):
         for b, copy in enumerate(copies):
             copy.reset(seed=100 * episode + b)
-        obs = crowd(rng, [r.world for r in raw], env)
+        obs, gain = crowd(rng, [r.world for r in raw], env), [[]] * B
+        seen = [[r.observe(agent) for agent in names] for r in raw]
         for _ in range(12):
-            for i, agent in enumerate(env.agents):
-                close(obs[i], np.stack([r.observe(agent) for r in raw]), rtol=1e-6, atol=1e-7)
+            for b in range(B):
+                assert all(np.allclose(o[b], x, rtol=1e-6, atol=1e-7) for o, x in zip(obs, seen[b]))
             action, before = random_action(env, rng, soft), env.dist[: len(env.touch)]
             pushes += (before < env.touch[:, :, None]).sum()
             obs, reward, *_ = env.step(action)
-            obs, pos = tupled(obs), env.state()["pos"]
+            obs = tupled(obs)
             for b, copy in enumerate(copies):
-                moves = {a: x[b].numpy() if soft else int(x[b]) for a, x in zip(env.agents, tupled(action))}
-                gain = list(copy.step(moves)[1].values())
-                close(pos[b], [body.state.p_pos for body in raw[b].world.entities], rtol=0, atol=1e-9)
-                close(env.gain[:, b], gain, rtol=0, atol=1e-9)
-                close(reward[b], gain, rtol=1e-6, atol=1e-6)
+                moves = {a: x[b].numpy() if soft else int(x[b]) for a, x in zip(names, tupled(action))}
+                seen[b], gain[b], *_ = (list(x.values()) for x in copy.step(moves))
+            place = [[body.state.p_pos for body in r.world.entities] for r in raw]
+            close(env.place.T, place, rtol=0, atol=1e-9)
+            close(env.gain.T, gain, rtol=0, atol=1e-9)
+            close(reward, gain, rtol=1e-6, atol=1e-6)
     assert pushes > 4 * B or not len(env.touch)  # the forces were there
 
 
@@ -128,11 +135,11 @@ def test_an_episode_begins_like_theirs():
             copy.reset(seed=seed)
             starts.append([body.state.p_pos for body in copy.unwrapped.world.entities])
             goals.append(goals_of(name, copy.unwrapped.world))
-        ours, starts = env.state(), np.array(starts)
-        close(ours["pos"].min(0), starts.min(0), atol=0.06)  # 0.9 and 1 are told apart
-        close(ours["pos"].max(0), starts.max(0), atol=0.06)
-        assert not ours["vel"].any() and not ours["action"].any()
-        for mine, their in zip(ours["goal"].T, np.array(goals).T):
+        starts = np.array(starts)
+        close(env.place.T.min(0), starts.min(0), atol=0.06)  # 0.9 and 1 are told apart
+        close(env.place.T.max(0), starts.max(0), atol=0.06)
+        assert not env.vel.any() and not env.action.any()
+        for mine, their in zip(env.goal, np.array(goals).T):
             share = np.bincount(their) / 400
             close(np.bincount(mine, minlength=len(share)) / 400, share, atol=0.15)
 
@@ -147,8 +154,8 @@ def test_from_pettingzoo_plays_their_world_as_ours():
         assert getattr(env, member) == getattr(ours, member), member
     obs = env.reset()
     worlds = [copy.unwrapped.world for copy in env.envs]
-    mine = ours.set_state(dict(pos=[[body.state.p_pos for body in w.entities] for w in worlds],
-                               goal=[goals_of("simple_push", w) for w in worlds]))
+    mine = put(ours, pos=[[body.state.p_pos for body in w.entities] for w in worlds], vel=0,
+               goal=[goals_of("simple_push", w) for w in worlds])
     for t in range(10):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(obs, mine))
         action = random_action(ours, rng, False)
@@ -158,29 +165,22 @@ def test_from_pettingzoo_plays_their_world_as_ours():
         assert torch.equal(terminated, ended) and torch.equal(truncated, cut) and cut.all() == (t == 9)
 
 
-def original_step(env, b, action):
-    """One step of world b by the rules of 2017, one body after the other: positions and velocities then."""
-    state, N = env.state(), env.num_agents
-    pos, vel = state["pos"][b].tolist(), state["vel"][b].tolist()
-    force = []
-    for i, a in enumerate(action):
-        a = a[b].tolist()
-        force.append([env.thrust[i, 0] * (a[1] - a[2]), env.thrust[i, 0] * (a[3] - a[4])])
-    for i in range(N):
-        for j in range(len(env.touch)):
-            if i != j:
-                dx, dy = pos[i][0] - pos[j][0], pos[i][1] - pos[j][1]
-                d = math.hypot(dx, dy)
-                depth = (env.radii[i] + env.radii[j] - d) / 1e-3
-                strength = 100 * 1e-3 * (math.log1p(math.exp(-abs(depth))) + max(depth, 0)) / d
-                force[i] = [force[i][0] + strength * dx, force[i][1] + strength * dy]
-    for i in range(N):
-        vel[i] = [0.75 * v + 0.1 * f for v, f in zip(vel[i], force[i])]
-        top = math.inf if env.limit is None else env.limit[i, 0]
-        speed = math.hypot(*vel[i])
-        vel[i] = [v * min(1, top / speed) for v in vel[i]]
-        pos[i] = [x + 0.1 * v for x, v in zip(pos[i], vel[i])]
-    return pos, vel
+def softplus(x):
+    return math.log1p(math.exp(-abs(x))) + max(x, 0)
+
+
+def plain_step(pos, vel, force, size, solid, top):
+    """(pos, vel) of one world after a step of 2017, one body after the other. The first len(vel) move; those
+    in `solid` push them off; top: the movers' speed limits."""
+    force = [list(f) for f in force]
+    for i in range(len(vel)):
+        for j in solid:
+            if j != i and (d := math.dist(pos[i], pos[j])) > 0:
+                push = 100 * 1e-3 * softplus((size[i] + size[j] - d) / 1e-3) / d
+                force[i] = [f + push * (x - y) for f, x, y in zip(force[i], pos[i], pos[j])]
+    vel = [[0.75 * v + 0.1 * f for v, f in zip(*both)] for both in zip(vel, force)]
+    vel = [[v * min(1, limit / max(math.hypot(*way), 1e-9)) for v in way] for way, limit in zip(vel, top)]
+    return [[x + 0.1 * v for x, v in zip(*both)] for both in zip(pos, vel)] + pos[len(vel) :], vel
 
 
 def original_reward(env, pos):
@@ -202,10 +202,13 @@ def original_reward(env, pos):
         return [-2 * far(1, goal[0]) ** 2] * 2
     if env.name == "simple_reference":
         return [-(far(1, goal[0]) ** 2) - far(0, goal[1]) ** 2] * 2
-    assert env.name == "simple_world_comm"
     ramp = lambda x: 0 if x < 0.9 else 10 * (x - 0.9) if x < 1 else min(math.exp(2 * x - 2), 10)
-    meals = range(N + 1, N + 3)
     caught = [sum(touch(k, i) for k in range(K)) for i in range(K, N)]
+    if env.name == "simple_tag":
+        return [10 * sum(caught)] * K + \
+            [-10 * c - sum(ramp(abs(x)) for x in pos[i]) for i, c in enumerate(caught, K)]
+    assert env.name == "simple_world_comm"
+    meals = range(N + 1, N + 3)
     return [5 * sum(caught) - 0.1 * min(far(k, i) for i in range(K, N)) for k in range(K)] + \
         [2 * sum(touch(i, m) for m in meals) - 5 * caught[i - K] - 2 * sum(ramp(abs(x)) for x in pos[i])
          + 0.05 * min(far(i, m) for m in meals) for i in range(K, N)]
@@ -215,133 +218,84 @@ def original_reward(env, pos):
 def test_steps_of_the_original(name):
     env, rng = make(name, 5, dialect="mpe"), np.random.default_rng(1)
     env.reset()
-    env.set_state(dict(pos=0.3 * env.state()["pos"], vel=rng.uniform(-1, 1, (5, env.num_agents, 2))))
+    put(env, pos=0.3 * env.place.T, vel=rng.uniform(-1, 1, (5, env.num_agents, 2)))
     for _ in range(10):
         action = random_action(env, rng, True)
-        wanted = [original_step(env, b, action) for b in range(5)]
+        top = [math.inf] * env.num_agents if env.limit is None else env.limit[:, 0]
+        states = env.place.T.tolist(), env.vel.T.tolist(), torch.stack(action, 1).tolist()
+        wanted = []
+        for pos, vel, a in zip(*states):
+            force = [[t * (x[1] - x[2]), t * (x[3] - x[4])] for t, x in zip(env.thrust[:, 0], a)]
+            wanted.append(plain_step(pos, vel, force, env.radii, range(len(env.touch)), top))
         env.step(action)
         for b, (pos, vel) in enumerate(wanted):
-            close(env.state()["pos"][b], pos, rtol=0, atol=1e-9)
-            close(env.state()["vel"][b], vel, rtol=0, atol=1e-9)
+            close(env.place.T[b], pos, rtol=0, atol=1e-9)
+            close(env.vel.T[b], vel, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name, options", [
-    *((name, {}) for name in ("simple_spread", "simple_adversary", "simple_push", "simple_speaker_listener",
-                              "simple_reference", "simple_world_comm")),
+    *((name, {}) for name in ("simple_spread", "simple_tag", "simple_adversary", "simple_push",
+                              "simple_speaker_listener", "simple_reference", "simple_world_comm")),
     *((name, dict(num_agents=7, num_adversaries=3)) for name in ("simple_adversary", "simple_push",
                                                                 "simple_world_comm"))])
 def test_rewards_of_the_original(name, options):
     env, rng = make(name, 1, dialect="mpe", **options), np.random.default_rng(2)
     for scale in (0.2, 0.5, 1, 2):
         env.reset()
-        env.set_state(dict(pos=scale * env.state()["pos"]))
+        put(env, pos=scale * env.place.T)
         for _ in range(10):
             env.step(random_action(env, rng, True))
-            close(env.gain[:, 0], original_reward(env, env.state()["pos"][0].tolist()), rtol=0, atol=1e-9)
+            close(env.gain[:, 0], original_reward(env, env.place.T[0].tolist()), rtol=0, atol=1e-9)
 
 
 # ---------------- envs/targets.py: the rules written out body by body
 TARGETS = ["spread", "spread_large", "hunting", "hunting_large"]
 
 
-def ramp(overlap):
-    """A softplus of width 1e-3, times 100."""
-    k = 1e-3
-    return 100 * k * (overlap / k + math.log1p(math.exp(-overlap / k)) if overlap > 0
-                      else math.log1p(math.exp(overlap / k)))
-
-
-class Plain:
-    """One world. bodies: dicts of p, v (lists of two numbers), size, and for movers accel and max."""
-
-    def __init__(self, name, pos, vel, task):
-        self.hunting, large = "hunting" in name, name.endswith("large")
-        self.n = 3 if self.hunting or large else 2
-        sizes = [0.1] * 3 + [0.05] * (2 + large) + [0.2] * (2 * large) if self.hunting else \
-            [0.15] * self.n + [0.05] * (self.n + 1)
-        self.movers = len(vel)
-        limit = lambda i: math.inf if not self.hunting else 1.0 if i < 3 else 1.2
-        self.bodies = [dict(p=list(p), size=s, v=list(vel[i]) if i < len(vel) else None, max=limit(i))
-                       for i, (p, s) in enumerate(zip(pos, sizes))]
-        self.task = task
-
-    def gap(self, a, b):
-        return math.dist(self.bodies[a]["p"], self.bodies[b]["p"])
-
-    def force(self, i, action):
-        me = self.bodies[i]
-        f = [(3.0 if self.hunting else 5.0) * u for u in action]
-        for axis in (0, 1):
-            for wall in (1.2, -1.2):
-                d = me["p"][axis] - wall
-                f[axis] += math.copysign(1, d) * ramp(me["size"] + 0.2 - abs(d)) if d else 0
-        for j, other in enumerate(self.bodies if self.hunting else []):
-            if j != i and (d := self.gap(i, j)) > 0:
-                push = ramp(me["size"] + other["size"] - d)
-                f = [f[axis] + push * (me["p"][axis] - other["p"][axis]) / d for axis in (0, 1)]
-        return f
-
-    def flee(self):
-        """The action of the prey that counts."""
-        prey = self.n + self.task.index(1)
-        near = min(range(self.n), key=lambda a: self.gap(a, prey))
-        a, b = self.bodies[near]["p"], self.bodies[prey]["p"]
-        return [(y - x) / self.gap(near, prey) for x, y in zip(a, b)]
-
-    def step(self, actions):
-        forces = [self.force(i, a) for i, a in enumerate(actions)]
-        for body, f in zip(self.bodies, forces):
-            body["v"] = [0.75 * v + 0.1 * x for v, x in zip(body["v"], f)]
-            if (speed := math.hypot(*body["v"])) > body["max"]:
-                body["v"] = [v / speed * body["max"] for v in body["v"]]
-        for body, _ in zip(self.bodies, forces):
-            body["p"] = [p + 0.1 * v for p, v in zip(body["p"], body["v"])]
-
-    def observe(self, i):
-        me = self.bodies[i]["p"]
-        way = lambda j: [self.bodies[j]["p"][x] - me[x] for x in (0, 1)]
-        others = [j for j in range(len(self.bodies)) if j != i]
-        if not self.hunting:
-            marks = others[self.n - 1 :]
-            return [*me, *(x for j in marks + others[: self.n - 1] for x in way(j))]
-        sees = lambda j: self.gap(i, j) < 1.414
-        ways = [x * sees(j) for j in others for x in way(j)]
-        return [*me, *ways, *(self.gap(i, j) * sees(j) for j in others)]
-
-    def rewards(self):
-        n, counts = self.n, [self.n + l for l, c in enumerate(self.task) if c]
-        if not self.hunting:
-            return [-n * sum(min(self.gap(a, l) for a in range(n)) for l in counts)] * n
-        far = [self.gap(a, counts[0]) for a in range(n)]
-        return [-0.1 * sum(far) + 10 * (d < 0.15) for d in far]
-
-
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_same_steps_as_the_rules_written_out(name, monkeypatch):
-    B, rng = 5, np.random.default_rng(0)
-    env, met = make(name, B, horizon=200), 0
-    env.reset(torch.stack([env.all_tasks()[k % len(env.all_tasks())] for k in range(B)]))
-    state = env.state()
-    state["pos"][0] *= 0.25  # a crowd
-    worlds = zip(state["pos"], state["vel"], state["task"].astype(int).tolist())
-    plain = [Plain(name, *world) for world in worlds]
-    obs = env.set_state(state)
+    B, rng, met = 5, np.random.default_rng(0), 0
+    env, hunting, large = make(name, B, horizon=200), "hunting" in name, name.endswith("large")
+    env.reset(env.all_tasks()[torch.arange(B) % len(env.all_tasks())])
+    env.pos[..., 0] *= 0.25  # a crowd
+    put(env)
+    N, M = (3, 5 + large) if hunting else (2 + large,) * 2
+    size = [0.15] * N + [0.05] * (N + 1)
+    if hunting:
+        size = [0.1] * 3 + [0.05] * (2 + large) + [0.2] * (2 * large)
+    top, solid = ([1.0] * 3 + [1.2] * (M - 3), range(len(size))) if hunting else ([math.inf] * N, [])
+    wall = lambda d, s: math.copysign(0.1, d) * softplus((s + 0.2 - abs(d)) / 1e-3)
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype=None: torch.full(shape, 0.75, dtype=dtype))
     for _ in range(60):
-        for i, o in enumerate(obs):
-            close(o, [world.observe(i) for world in plain], atol=1e-5)
-        pushes = 1.3 * rng.normal(size=(B, env.num_agents, 2)).astype(np.float32)
-        wander = 0.5 * np.ones((2, env.movers - env.num_agents, B))  # the draw 0.75 in all worlds
-        monkeypatch.setattr(torch, "rand", lambda *shape, dtype=None: torch.full(shape, 0.75, dtype=dtype))
-        obs, reward, terminated, _, _ = env.step([torch.tensor(pushes[:, i]) for i in range(env.num_agents)])
-        for b, world in enumerate(plain):
-            others = [wander[:, j, b].tolist() for j in range(env.movers - env.num_agents)]
-            if "hunting" in name:
-                others[world.task.index(1)] = world.flee()
-            met += any(world.gap(i, j) < world.bodies[i]["size"] + world.bodies[j]["size"]
-                       for i, j in combinations(range(len(world.bodies)), 2))
-            world.step([*pushes[b].tolist(), *others])
-        close(env.pos.T, [[body["p"] for body in world.bodies] for world in plain], atol=1e-10)
-        close(reward, [world.rewards() for world in plain], rtol=1e-5, atol=1e-5)
+        states = env.pos.T.tolist(), env.vel.T.tolist()
+        push = 1.3 * rng.normal(size=(B, N, 2)).astype(np.float32)
+        obs, reward, terminated, *_ = env.step(torch.tensor(push).unbind(1))
+        for b, (pos, vel, task) in enumerate(zip(*states, env.task.T.tolist())):
+            action = [*push[b].tolist(), *[[0.5, 0.5]] * (M - N)]  # who wanders draws 0.75
+            if hunting:  # the prey that counts flees
+                prey = N + task.index(1)
+                d, near = min((math.dist(p, pos[prey]), p) for p in pos[:N])
+                action[prey] = [(y - x) / d for x, y in zip(near, pos[prey])]
+            force = [[(3 if hunting else 5) * u + wall(x - 1.2, s) + wall(x + 1.2, s) for u, x in zip(a, p)]
+                     for a, p, s in zip(action, pos, size)]
+            pos, _ = plain_step(pos, vel, force, size, solid, top)
+            close(env.pos.T[b], pos, rtol=0, atol=1e-10)
+            far = [[math.dist(p, q) for q in pos] for p in pos]
+            met += any(far[i][j] < size[i] + size[j] for i, j in combinations(range(len(pos)), 2))
+            for i in range(N):
+                others = [j for j in range(len(pos)) if j != i]
+                others = others if hunting else others[N - 1 :] + others[: N - 1]
+                sees = [not hunting or far[i][j] < 1.414 for j in others]
+                ways = [s * (y - x) for j, s in zip(others, sees) for x, y in zip(pos[i], pos[j])]
+                dists = [s * far[i][j] for j, s in zip(others, sees)] if hunting else []
+                close(obs[i][b], [*pos[i], *ways, *dists], atol=1e-5)
+            counts = [N + k for k, c in enumerate(task) if c]
+            if hunting:
+                gaps = [far[i][counts[0]] for i in range(N)]
+                wanted = [-0.1 * sum(gaps) + 10 * (d < 0.15) for d in gaps]
+            else:
+                wanted = [-N * sum(min(far[i][j] for i in range(N)) for j in counts)] * N
+            close(reward[b], wanted, rtol=1e-5, atol=1e-5)
         assert not terminated.any()
     assert met  # bodies did touch
 
@@ -375,15 +329,6 @@ def one_hot(*layouts):
     return torch.eye(5)[[list(LAYOUTS).index(k) for k in layouts]]
 
 
-def place(env, b, robots, requested=None):
-    """Puts robots (x, y, direction) into row b; they carry nothing."""
-    env.cell[b] = [number(x, y) for x, y, _ in robots]
-    env.direction[b] = [d for *_, d in robots]
-    if requested is not None:
-        env.requested[b] = False
-        env.requested[b, requested] = True
-
-
 class Luck:
     """Stands for rware's random generator: chooses what our row chose."""
 
@@ -391,13 +336,10 @@ class Luck:
         self.env, self.b = env, b
 
     def choice(self, candidates):
-        u = self.env.luck[self.b, 2 * (self.env.t - 1) + self.goal(candidates)]
-        return candidates[int(u * len(candidates))]
-
-    def goal(self, candidates):
-        """Which goal asks. It asks with the list as it is, so the shelf on the first goal is still on it."""
+        # Which goal asks? It asks with the list as it is, so the shelf on the first goal is still on it.
         first = self.world.grid[1, 9, 4]
-        return 0 if first and self.world.shelfs[first - 1] in self.world.request_queue else 1
+        goal = 0 if first and self.world.shelfs[first - 1] in self.world.request_queue else 1
+        return candidates[int(self.env.luck[self.b, 2 * (self.env.t - 1) + goal] * len(candidates))]
 
 
 def twin(rware, env, b, layout):
@@ -461,8 +403,8 @@ def same_order(monkeypatch, rware):
         algorithms=networkx.algorithms, NetworkXNoCycle=networkx.NetworkXNoCycle))
 
 
-def same(env, worlds, b):
-    world, none = worlds[b], env.shelf.shape[1] - 1
+def same(env, world, b):
+    none = env.shelf.shape[1] - 1
     where = lambda cell: (int(cell % WIDTH) - 2, int(cell // WIDTH) - 2)
     carried = [r.carrying_shelf.id - 1 if r.carrying_shelf else none for r in world.agents]
     assert [(r.x, r.y) for r in world.agents] == [where(c) for c in env.cell[b]]
@@ -472,12 +414,12 @@ def same(env, worlds, b):
     assert {s.id - 1 for s in world.request_queue} == set(np.flatnonzero(env.requested[b]))
 
 
-@pytest.mark.parametrize("N, episodes", [(4, 12), (12, 6)])
+@pytest.mark.parametrize("N, episodes", [(4, 4), (12, 3)])
 def test_same_as_rware_step_by_step(N, episodes, monkeypatch):
     rware = pytest.importorskip("rware.warehouse")
     same_order(monkeypatch, rware)
     torch.manual_seed(N)
-    draw, layouts, paid, stuck, B = np.random.default_rng(N), list(LAYOUTS) * 2, 0, 0, 10
+    draw, layouts, paid, stuck, B = np.random.default_rng(N), [*LAYOUTS] * 2, 0, 0, 10
     env = make("rware", B, num_agents=N)
     for _ in range(episodes):
         env.reset(one_hot(*layouts))
@@ -493,21 +435,21 @@ def test_same_as_rware_step_by_step(N, episodes, monkeypatch):
             for b in range(B):
                 theirs[b], wanted, done, late, _ = worlds[b].step(action[b].tolist())
                 assert reward[b].tolist() == wanted and not done and not late and not terminated[b]
-                same(env, worlds, b)
+                same(env, worlds[b], b)
             paid += reward.sum().item()
             stuck += ((action.numpy() == FORWARD) & (env.cell == before)).sum()
-    assert paid > 10 * episodes and stuck > 1000  # deliveries and collisions were compared
+    assert paid > 10 * episodes and stuck > 80 * episodes  # deliveries and collisions were compared
 
 
 def test_rware_as_it_comes_differs_only_between_equal_chains():
     rware = pytest.importorskip("rware.warehouse")
     torch.manual_seed(0)
-    draw, layouts, differ, B = np.random.default_rng(0), list(LAYOUTS) * 2, 0, 10
-    env = make("rware", B, horizon=500)
+    draw, layouts, differ, B, H = np.random.default_rng(0), list(LAYOUTS) * 2, 0, 10, 200
+    env = make("rware", B, horizon=H)
     env.reset(one_hot(*layouts))
     load(env, draw)
     worlds = [twin(rware, env, b, layouts[b]) for b in range(B)]
-    for _ in range(500):
+    for _ in range(H):
         before, action = env.cell.copy(), bold(env, draw)
         obs, reward, *_ = env.step(list(action.T))
         for b in range(B):
@@ -521,7 +463,7 @@ def test_rware_as_it_comes_differs_only_between_equal_chains():
             assert (now != before[b]).sum() == (mine != before[b]).sum()  # as many robots move
             assert {*mine} - {*before[b]} == {*now} - {*before[b]}  # into the same cells
             worlds[b] = twin(rware, env, b, layouts[b])  # it goes on from our state
-    assert differ < 0.005 * 500 * B
+    assert differ < 0.005 * H * B
 
 
 # ---------------- envs/mujoco.py: gymnasium's HalfCheetah-v5 and Ant-v5, bit by bit
@@ -538,16 +480,6 @@ def reference(env):
         twin.set_state(state[1 : 1 + nq], state[1 + nq :])
         twins.append(twin)
     return twins
-
-
-def play_robots(env, steps, scale=1.0, seed=0):
-    """Everything that `steps` random actions return, and the states."""
-    draw, out = torch.Generator().manual_seed(seed), []
-    for _ in range(steps):
-        action = scale * torch.randn(env.num_envs, *env.action_dims, generator=draw)
-        obs, reward, terminated, truncated, info = env.step(action)
-        out.append((obs, reward, terminated, truncated, info["diverged"], torch.tensor(env.state)))
-    return [torch.stack(x) for x in zip(*out)]
 
 
 @pytest.mark.parametrize("name", LOCOMOTION)
@@ -635,7 +567,7 @@ def test_goal_robots_are_one_mjdata_in_a_loop(name, stale):
     speed = 100 if name == "reacher2" else 50
     for _ in range(200):
         action = torch.randn(2, model.nu, generator=draw)
-        _, reward, terminated, _, info = env.step(action)
+        obs, reward, terminated, _, info = env.step(action)
         for b in np.flatnonzero(~over):
             robot, u = robots[b], action[b].double().clamp(-1, 1).numpy()
             robot.ctrl[:] = speed * u
@@ -646,7 +578,11 @@ def test_goal_robots_are_one_mjdata_in_a_loop(name, stale):
                 mujoco.mj_step(model, robot)
             assert np.array_equal(env.state[b, 1:], np.concatenate([robot.qpos, robot.qvel]))
             robot_q = before_last if stale else robot.qpos
-            p = fingertip(robot_q, *ARMS[name][1:]) if name in ARMS else robot_q[:2]
+            where = lambda q: fingertip(q, *ARMS[name][1:]) if name in ARMS else q[:2]
+            p, q, v = where(robot_q), robot.qpos, robot.qvel
+            seen = {"wheeled": [q[:3], np.sin(q[3:4]), np.cos(q[3:4]), v[:4]], "small_ant": [q, v]}
+            seen = seen.get(name, [np.cos(q), np.sin(q), v, where(q)])
+            close(obs[b].numpy(), np.concatenate(seen), rtol=1e-6, atol=1e-7)
             gap = np.linalg.norm(p - goal[b])
             close(reward[b, 0].item(), -gap - 0.001 * 0.5 * (u**2).sum(), rtol=1e-6)
             radius = {"wheeled": 0.02, "small_ant": 0.03, "reacher2": 0.06, "reacher4": 0.11}[name]
@@ -661,7 +597,7 @@ def test_goal_robots_are_one_mjdata_in_a_loop(name, stale):
 DRIVEN = {"cheetah_dir": "HalfCheetah", "hopper_param": "Hopper", "two_agent_half_cheetah": "HalfCheetah"}
 
 
-def put(twin, env, b):
+def bring(twin, env, b):
     """Brings a gymnasium env into row b's state and, for a Hopper, to its task's numbers."""
     if env.name == "hopper_param":
         for field, scale in zip(FIELDS, env.task[b]):
@@ -672,10 +608,6 @@ def put(twin, env, b):
     return twin
 
 
-def drivers_actions(env, scale, draw):
-    return [scale * torch.randn(env.num_envs, n, generator=draw) for n in env.action_dims]
-
-
 def steady(env, t):
     """Feedback that keeps hoppers on their foot for about 45 steps."""
     q, v = env.state[:, 1:7], env.state[:, 7:]
@@ -684,21 +616,15 @@ def steady(env, t):
     return [torch.tensor(np.clip(u[:, i : i + 1], -1.3, 1.3), dtype=torch.float32) for i in range(3)]
 
 
-def play_drivers(env, steps, scale=1.0, seed=0):
-    draw, out = torch.Generator().manual_seed(seed), []
-    for _ in range(steps):
-        obs, reward, terminated, truncated, info = env.step(drivers_actions(env, scale, draw))
-        state = torch.tensor(env.state)
-        out.append((torch.cat(obs, 1), reward, terminated, truncated, info["diverged"], state))
-    return [torch.stack(x) for x in zip(*out)]
-
-
-def compare(env, twins, step, seen, steps=200):
+def compare(env, obs, twins, step, seen):
     """Steps both side by side, also on after a fall. step(b, joint action) -> reward, ended, info; seen(b) ->
     what the drivers see. Returns how often a row was healthy and how often not."""
     draw, count = torch.Generator().manual_seed(0), np.zeros(2, int)
-    for t in range(steps):
-        action = steady(env, t) if env.name == "hopper_param" and t < 100 else drivers_actions(env, 1.0, draw)
+    look = lambda: [np.stack(x).astype(np.float32) for x in zip(*map(seen, range(env.num_envs)))]
+    assert all(map(equal, obs, look()))
+    for t in range(200):
+        action = [torch.randn(env.num_envs, n, generator=draw) for n in env.action_dims]
+        action = steady(env, t) if env.name == "hopper_param" and t < 100 else action
         obs, reward, terminated, _, info = env.step(action)
         env.terminated[:] = False  # nobody rests here
         joint = torch.cat(action, 1).double().numpy()
@@ -706,8 +632,6 @@ def compare(env, twins, step, seen, steps=200):
             twin.data.qacc_warmstart[:] = 0  # the stated convention
             wanted, ended, paid = step(b, joint[b])
             assert equal(env.state[b, 1:], np.concatenate([twin.data.qpos, twin.data.qvel]))
-            for mine, theirs in zip(obs, seen(b)):
-                assert equal(mine[b].numpy(), np.asarray(theirs).astype(np.float32))
             if env.name == "cheetah_dir":
                 wanted = env.task[b, 0] * paid["reward_forward"] + paid["reward_ctrl"]
             elif env.name == "two_agent_half_cheetah":
@@ -716,7 +640,7 @@ def compare(env, twins, step, seen, steps=200):
             assert equal(reward[b].numpy(), np.full(env.num_agents, wanted).astype(np.float32))
             assert terminated[b].item() == ended
             count[int(ended)] += 1
-        assert not info["diverged"].any()
+        assert all(map(equal, obs, look())) and not info["diverged"].any()
     return count
 
 
@@ -725,7 +649,7 @@ def test_drivers_are_bit_equal_to_gymnasium(name):
     torch.manual_seed(1)
     env = make(name, 8 if name == "hopper_param" else 3)
     obs = env.reset(torch.tensor([[1.0], [-1.0], [1.0]]) if "cheetah" in name else None)
-    twins = [put(gymnasium.make(f"{DRIVEN[name]}-v5").unwrapped, env, b) for b in range(env.num_envs)]
+    twins = [bring(gymnasium.make(f"{DRIVEN[name]}-v5").unwrapped, env, b) for b in range(env.num_envs)]
 
     def seen(b):
         d = twins[b].data
@@ -742,10 +666,7 @@ def test_drivers_are_bit_equal_to_gymnasium(name):
         _, reward, ended, _, info = twins[b].step(joint)
         return reward, ended, info
 
-    for b in range(env.num_envs):
-        for mine, theirs in zip(obs, seen(b)):
-            assert equal(mine[b].numpy(), np.asarray(theirs).astype(np.float32))
-    healthy, fallen = compare(env, twins, step, seen)
+    healthy, fallen = compare(env, obs, twins, step, seen)
     assert healthy >= 40 * env.num_envs and (fallen > 0) == (name == "hopper_param")
 
 
@@ -759,20 +680,16 @@ def test_drivers_are_bit_equal_to_mamujoco(name, conf):
     twins = []
     for b, world in enumerate(worlds):
         world.reset(seed=0)
-        twins.append(put(world.single_agent_env.unwrapped, env, b))
+        twins.append(bring(world.single_agent_env.unwrapped, env, b))
         assert [world.observation_space(a).shape[0] for a in world.possible_agents] == list(env.obs_dims)
         assert [world.action_space(a).shape[0] for a in world.possible_agents] == list(env.action_dims)
-    seen = lambda b: worlds[b]._get_obs().values()
-    for b in range(4):
-        for mine, theirs in zip(obs, seen(b)):
-            assert equal(mine[b].numpy(), theirs.astype(np.float32))
 
     def step(b, joint):
         parts = np.split(joint, np.cumsum(env.action_dims)[:-1])
         out = worlds[b].step(dict(zip(worlds[b].possible_agents, parts)))
         return out[1]["agent_0"], out[2]["agent_0"], out[4]["agent_0"]
 
-    compare(env, twins, step, seen)
+    compare(env, obs, twins, step, lambda b: worlds[b]._get_obs().values())
 
 
 def test_healthy_is_gymnasiums():
