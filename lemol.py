@@ -21,9 +21,9 @@ LeMOL: an opponent model that learns how its opponent learns.
                  thetabar <- (1 - polyak) thetabar + polyak theta
              before each cycle: J sweeps over M recorded runs, chunk by chunk:     -> train_models()
                min -mean sum_a a^-i_t log a~_t; (h, c) carried over, detached (8) -> model_loss()
-  Symbols    theta {net: tensors (R, ...)}   x_t event [a^-i; o^i; a^i; r^i; end]   h, c (R, H)   a~ guess (N, A)
-             phi   OpponentModel   u   state of the in-episode LSTM (N, U)
-             R runs, L steps of an episode, B minibatch, N = R W envs, X numbers of an event, D of a row
+  Symbols    theta players' nets   phi OpponentModel   a~ guess (N, A)   x_t event [a^-i; o^i; a^i; r^i; end]
+             h, c learning state (R, H)   u, z state and output of the in-episode LSTM (N, U)
+             R runs, L steps of an episode, B minibatch, N = R W envs, X numbers of an event
   Methods    --om ep (LeMOL-EP) | ablated (no h) | oracle (a~ is his true action) | policy (a~ is his true
              policy) | uninformed (a~ is noise). --bad-policy (agent 0) and --good-policy (agent 1): lemol |
              maddpg | mmmaddpg (M3DDPG).
@@ -36,13 +36,11 @@ LeMOL: an opponent model that learns how its opponent learns.
                   actor is a plain one, as released.
              [D6] The time limit ends an episode for the critic (d = 1), as released.
              [D7] What follows an early end (uav) is masked, and a block stays a whole episode.
-             [D8] Eq. (7) reads a~ as the model guesses now. Released: as it was guessed in play, with the h
-                  of that time (--stored-guesses).
+             [D8] Eq. (7) reads a~ guessed anew with the present h. Released: with the h of the time of play.
              [D9] The default is small: 8 runs, B = 128, 4 cycles of 1128 episodes. --paper has the paper's.
   Run        python lemol.py --env simple_push                      # 2 min; cross-entropy 1.3, ablated 1.5
              python lemol.py --env simple_push --paper              # the paper's scale: hours
              python lemol.py --env simple_push --om ablated         # the paper's ablation
-             python lemol.py --env simple_push --om oracle --n-opp-cycles 1          # told the action: 30 s
              python lemol.py --env simple_push --bad-policy maddpg --n-opp-cycles 1  # no opponent model
              python lemol.py --env uav                              # the UAV models its pursuer
              python lemol.py --evaluate runs/x/checkpoint.pt --capture-video    # table, and play.gif
@@ -98,6 +96,7 @@ def within(kind, low, high=math.inf):
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
 
+
 @dataclass
 class Args:
     """Defaults: a quick simple_push, two minutes of one core [D9]. PAPER below has the paper's sizes."""
@@ -128,13 +127,15 @@ class Args:
     traj_per_iter: Count = 8  # R, learning runs side by side in a cycle
     segment: Count = 50  # episodes in an iteration: what is logged at once
     batch_size: Count = 128  # B, minibatch of eqs. (4)-(7), and the episodes of exploration
+    replay_buffer_capacity: Count = 1_000_000  # steps of a run that minibatches are drawn from, the latest
     agent_update_freq: Count = 25  # P, steps between updates; --om ep needs P = L
     lr: Size = 1e-2  # Adam's step size of actors and critics
     gamma: Share = 0.95  # discount
     polyak: Share = 0.01  # share of the new weights in the targets at each update [D1]
     stored_guesses: bool = False  # eq. (7) reads a~ as it was in play, as released; off: as it is now [D8]
     num_units: Count = 64  # width of the two hidden layers of each network
-    adv_eps: Size = 1e-3  # eps of eq. (5)
+    adv_eps: Size = 1e-3  # eps of eq. (5) against an opponent
+    adv_eps_s: Size = 1e-5  # eps of eq. (5) against a team-mate, in an env without adversaries
     chunk_length: Count = 20  # episodes that eq. (8) is differentiated through
     om_training_iters: Count = 5  # J, sweeps between cycles
     num_traj_to_train: Count = 8  # M, runs in a sweep, drawn with replacement from all so far
@@ -161,14 +162,11 @@ def check(args):
     """Refuse what no single argument can be blamed for."""
     if args.bad_policy == args.good_policy == "lemol":
         fail("--bad-policy and --good-policy: LeMOL can play one side only")
-    if trains_model(args) and args.agent_update_freq != args.max_episode_len:
+    has_model = "lemol" in (args.bad_policy, args.good_policy) and args.om in ("ep", "ablated")
+    if has_model and args.agent_update_freq != args.max_episode_len:
         fail(f"an opponent model needs --agent-update-freq {args.max_episode_len}, an episode")
     if args.chunk_length > args.num_episodes - args.batch_size:
         fail("--chunk-length exceeds --num-episodes less the --batch-size episodes of exploration")
-
-
-def trains_model(args):
-    return "lemol" in (args.bad_policy, args.good_policy) and args.om in ("ep", "ablated")
 
 
 def parse():
@@ -222,8 +220,7 @@ def xavier(runs, sizes):
     net = []
     for n, m in itertools.pairwise(sizes):
         bound = math.sqrt(6 / (n + m))
-        net.append((2 * torch.rand(runs, n, m) - 1) * bound)
-        net.append(torch.zeros(runs, 1, m))
+        net += [(2 * torch.rand(runs, n, m) - 1) * bound, torch.zeros(runs, 1, m)]
     return net
 
 
@@ -231,8 +228,7 @@ def mlp(net, x):
     """R nets on x (R, B, in) -> (R, B, out)"""
     for k in range(0, len(net), 2):
         x = torch.baddbmm(net[k + 1], x, net[k])
-        if k + 2 < len(net):
-            x = x.relu()
+        x = x.relu() if k + 2 < len(net) else x
     return x
 
 
@@ -249,13 +245,7 @@ def lstm(inputs, hidden, **options):
     return net
 
 
-def one_step(net, x, state):
-    """An LSTM's next state (2, N, H) after x (N, F): its output and its cell."""
-    weights = net.weight_ih_l0, net.weight_hh_l0, net.bias_ih_l0, net.bias_hh_l0
-    return torch.stack(torch.lstm_cell(x, tuple(state), *weights))
-
-
-def whole(net, x, state):
+def unroll(net, x, state):
     """An LSTM over x (N, T, F) from state (2, N, H): outputs (N, T, H), the last state (2, N, H)."""
     h, c = state.contiguous()
     out, after = net(x, (h[None], c[None]))
@@ -263,8 +253,7 @@ def whole(net, x, state):
 
 
 def shift_right(seq, first):
-    """The lag: (M, T, H), (M, H) -> (M, T, H), what was known BEFORE each step. No event may reach a guess of
-    its own time."""
+    """(M, T, H), (M, H) -> (M, T, H), what was known BEFORE each: no event may reach a guess of its time."""
     return torch.cat([first[:, None], seq[:, :-1]], 1)
 
 
@@ -306,7 +295,7 @@ class OpponentModel(nn.Module):
 
     def advance(self, block, hc):
         """eq. (3) in play: (h, c) (2, N, H) after one more episode (N, L, X)."""
-        return one_step(self.core, self.embed(block), hc) if hc.shape[2] else hc
+        return unroll(self.core, self.embed(block)[:, None], hc)[1] if hc.shape[2] else hc
 
     def guess(self, z, h):
         """The head: z (..., U) of the episode so far, h (..., H) -> log a~ (..., A)."""
@@ -320,11 +309,11 @@ class OpponentModel(nn.Module):
         h = hc[0][:, None].expand(-1, E, -1)
         if hc.shape[2]:
             blocks = events.reshape(M * E, self.length, -1)
-            seq, after = whole(self.core, self.embed(blocks).view(M, E, -1), hc)
+            seq, after = unroll(self.core, self.embed(blocks).view(M, E, -1), hc)
             h, hc = shift_right(seq, hc[0]), after  # (M, E, H), (2, M, H)
         # the episode so far
         blocks = obs.reshape(M * E, self.length, -1)
-        z, _ = whole(self.episode, blocks, self.begin(M * E))  # (M E, L, U)
+        z, _ = unroll(self.episode, blocks, self.begin(M * E))  # (M E, L, U)
         return self.guess(z.reshape(M, T, -1), h.repeat_interleave(self.length, 1)), hc
 
 
@@ -365,8 +354,7 @@ def make_guess(match, z, action, logits):
 
 @torch.no_grad()
 def rollout(env, match, args, update=None):
-    """One episode in each of N envs -> {name: (N, L + 1, ...)}. update(t) may change the weights before step
-    t."""
+    """An episode in each of N envs -> {name: (N, L + 1, ...)}. update(t) may change weights before step t."""
     N, L, R, i = env.num_envs, env.horizon, match.runs, match.lemol
     order = (0, 1) if i is None else (1 - i, i)
     noise = [gumbel(L, R, N // R, A, device=args.device) for A in match.act_dims]
@@ -386,7 +374,7 @@ def rollout(env, match, args, update=None):
             x = obs[j]  # (N, O_j)
             if j == i:
                 if match.om:
-                    u = one_step(match.om.episode, x, u)
+                    _, u = unroll(match.om.episode, x[:, None], u)
                 guess = make_guess(match, u[0], action[1 - i], logits[1 - i])
                 step |= dict(z=u[0], guess=guess)
                 x = torch.cat([x, guess], 1)
@@ -476,36 +464,33 @@ class Match:
         self.args, self.runs = args, args.traj_per_iter
         self.kinds = (args.bad_policy, args.good_policy)
         self.lemol = i = self.kinds.index("lemol") if "lemol" in self.kinds else None  # who has a model
+        self.eps = args.adv_eps if getattr(env, "num_adversaries", 1) else args.adv_eps_s
         self.obs_dims, self.act_dims = tuple(env.obs_dims), tuple(env.action_dims)
         guess_dim = 0 if i is None else self.act_dims[1 - i]
         # the model that is played, and an ablated one beside it
         self.models = nn.ModuleDict()
-        if trains_model(args):
+        if i is not None and args.om in ("ep", "ablated"):
             event = guess_dim + self.obs_dims[i] + self.act_dims[i] + 2  # X
             kinds = {"om": "ep", "ablated": "ablated"} if args.om == "ep" else {"om": "ablated"}
             for name, kind in kinds.items():
-                self.models[name] = OpponentModel(kind, self.obs_dims[i], event, guess_dim, args)
-        self.models.to(args.device)
+                model = OpponentModel(kind, self.obs_dims[i], event, guess_dim, args)
+                self.models[name] = model.to(args.device)
         self.om = self.models["om"] if self.models else None
-        # layers of the players' nets
-        units = (args.num_units, args.num_units)
-        self.sizes = {}
+        # layers of the players' nets, and replay {name: (R, E, L + 1, ...)}
+        self.sizes, self.data = {}, {}
+        shape = (self.runs, args.num_episodes, args.max_episode_len + 1)
+        columns = dict(reward=[2], done=[], valid=[], guess=[guess_dim])
+        columns["z"] = [args.in_ep_lstm_dim if self.om else 0]
         for j in (0, 1):
-            seen = self.obs_dims[j] + guess_dim * (j == i)  # what an actor reads
-            self.sizes[f"actor{j}"] = (seen, *units, self.act_dims[j])
-            self.sizes[f"critic{j}"] = (sum(self.obs_dims + self.act_dims), *units, 1)
-        # replay {name: (R, E, L + 1, ...)}
-        sizes = dict(reward=[2], done=[], valid=[], guess=[guess_dim])
-        sizes["z"] = [args.in_ep_lstm_dim if self.om else 0]
-        for j in (0, 1):
-            sizes |= {f"obs{j}": [self.obs_dims[j]], f"act{j}": [self.act_dims[j]]}
-        rows = (self.runs, args.num_episodes, args.max_episode_len + 1)
-        self.data = {name: torch.zeros(*rows, *size, device=args.device) for name, size in sizes.items()}
+            O, A, width = self.obs_dims[j], self.act_dims[j], args.num_units
+            self.sizes[f"actor{j}"] = (O + guess_dim * (j == i), width, width, A)
+            self.sizes[f"critic{j}"] = (sum(self.obs_dims + self.act_dims), width, width, 1)
+            columns |= {f"obs{j}": [O], f"act{j}": [A]}
+        for name, size in columns.items():
+            self.data[name] = torch.zeros(*shape, *size, device=args.device)
         # recorded runs (R, T, X + 1) and measures of past cycles
         self.pool, self.history = [], []
-        self.adam = {}
-        if self.models:
-            self.adam["models"] = torch.optim.Adam(self.models.parameters(), args.omlr)
+        self.adam = {"models": torch.optim.Adam(self.models.parameters(), args.omlr)} if self.models else {}
         self.restart()
 
     @torch.no_grad()
@@ -517,10 +502,8 @@ class Match:
             self.theta[f"{name}_target"] = [p.clone() for p in net]  # [D1]
             self.theta[name] = [p.requires_grad_() for p in net]
             self.adam[name] = torch.optim.Adam(net, self.args.lr, fused=True)
-        for x in self.data.values():
-            x.zero_()
         self.episode = 0
-        self.hc = self.om.start(self.runs) if self.om else None  # the learning state, (2, R, H)
+        self.hc = self.om.start(self.runs) if self.om else torch.zeros(2, self.runs, 0)  # (2, R, H)
 
     @torch.no_grad()
     def ask(self, z):
@@ -541,27 +524,30 @@ class Match:
             p.grad = clip(grad)
         self.adam[name].step()
 
+    def tensors(self):
+        """What changes in place: the players' nets, replay, phi."""
+        nets = {f"{name}.{k}": p.detach() for name, net in self.theta.items() for k, p in enumerate(net)}
+        return nets | self.data | self.models.state_dict()
+
     def state(self):
         """Everything that changes, for a checkpoint."""
-        theta = {name: [p.detach() for p in net] for name, net in self.theta.items()}
         adam = {name: x.state_dict() for name, x in self.adam.items()}
-        return dict(theta=theta, adam=adam, models=self.models.state_dict(), data=self.data, hc=self.hc,
-                    pool=self.pool, history=self.history, episode=self.episode)
+        return dict(tensors=self.tensors(), adam=adam, hc=self.hc, pool=self.pool, history=self.history,
+                    episode=self.episode)
 
-    @torch.no_grad()
     def load(self, state):
         """Back to such a state."""
-        self.models.load_state_dict(state["models"])
+        for name, x in self.tensors().items():
+            x.copy_(state["tensors"][name])
         for name, adam in self.adam.items():
             adam.load_state_dict(state["adam"][name])
-        for name, net in self.theta.items():
-            for p, x in zip(net, state["theta"][name]):
-                p.copy_(x)
-        for name, x in self.data.items():
-            x.copy_(state["data"][name])
-        self.hc = None if state["hc"] is None else state["hc"].to(self.args.device)
-        self.pool, self.history = state["pool"], state["history"]
-        self.episode = state["episode"]
+        self.hc = state["hc"].to(self.args.device)
+        self.pool, self.history, self.episode = (state[k] for k in ("pool", "history", "episode"))
+
+
+def episodes(match, first):
+    """Replay from episode `first` of the cycle to the present one: {name: (R, E, L + 1, ...)}."""
+    return {name: x[:, first : match.episode] for name, x in match.data.items()}
 
 
 @torch.no_grad()
@@ -579,15 +565,15 @@ def target_actions(match, j, after):
             both = [other, action[1]] if j == 1 else [action[0], other]
             return match.q(f"critic{j}_target", after, both)
 
-        action[1 - j] = adversary(q_of, action[1 - j], match.args.adv_eps)
+        action[1 - j] = adversary(q_of, action[1 - j], match.eps)
     return action
 
 
 @torch.enable_grad()  # a rollout calls it
 def learn(match, j, args):
-    """eqs. (4)-(7) for agent j in all runs: one minibatch, one step of critic, actor and targets. Returns
-    losses and mean Q, (3,)."""
-    now, after = sample(match.data, args.batch_size)
+    """eqs. (4)-(7) for agent j in all runs: one minibatch, one step of critic, actor and targets."""
+    kept = max(1, args.replay_buffer_capacity // args.max_episode_len)
+    now, after = sample(episodes(match, max(0, match.episode - kept)), args.batch_size)
     action = [now["act0"], now["act1"]]
     # the critic's step
     with torch.no_grad():
@@ -613,7 +599,13 @@ def learn(match, j, args):
         for name in (f"critic{j}", f"actor{j}"):
             for target, p in zip(match.theta[f"{name}_target"], match.theta[name]):
                 target.lerp_(p, args.polyak)
-    return torch.stack([q_loss.mean(), pi_loss.mean(), q.mean()]).detach()
+    means = {"losses/critic": q_loss, "losses/actor": pi_loss, "charts/q": q}
+    return {f"{name}_{j}": x.mean().item() for name, x in means.items()}
+
+
+def average(logs):
+    """The mean of each tag."""
+    return {tag: sum(log[tag] for log in logs) / len(logs) for tag in (logs[0] if logs else ())}
 
 
 def parts_of(x, match):
@@ -625,7 +617,7 @@ def parts_of(x, match):
 def train_models(match, args, run=None):
     """eq. (8): J sweeps over M recorded runs; each chunk is one Adam step of each model, on the same data.
     The state goes from chunk to chunk as a constant, so the first chunk alone trains h_0 and c_0. After
-    Ctrl-C it gives up: {}."""
+    Ctrl-C it gives up: None."""
     runs = torch.cat(match.pool)  # (all runs so far, T, X + 1)
     size = args.chunk_length * args.max_episode_len  # steps of a chunk
     losses = []
@@ -634,7 +626,7 @@ def train_models(match, args, run=None):
         hc = {name: om.start(len(picks)) for name, om in match.models.items()}
         for t in range(0, runs.shape[1] - size + 1, size):  # an incomplete last chunk is dropped
             if run and run.interrupted:
-                return {}
+                return None
             x = runs[picks, t : t + size].to(args.device)  # (M, size, X + 1)
             events, obs, target, valid = parts_of(x, match)
             # one step of each model
@@ -647,7 +639,7 @@ def train_models(match, args, run=None):
             sum(loss.values()).backward()  # they share no weights
             match.adam["models"].step()
             losses.append({tag: x.item() for tag, x in loss.items()})
-    return {tag: sum(loss[tag] for loss in losses) / len(losses) for tag in losses[0]}
+    return average(losses)
 
 
 def record(match, rows):
@@ -660,11 +652,9 @@ def record(match, rows):
 
 def begin_cycle(match, args, run=None):
     """Train the models on what is recorded [D3], then new players explore. None after Ctrl-C."""
-    logs = {}
-    if match.pool and match.models:
-        logs = train_models(match, args, run)
-        if not logs:
-            return None
+    logs = train_models(match, args, run) if match.pool and match.models else {}
+    if logs is None:
+        return None
     match.restart()
     env = make_env(args, match.runs * args.batch_size)
     record(match, rollout(env, match, args))
@@ -679,7 +669,7 @@ def play_segment(match, env, args):
     def update(t):
         tau = (match.episode - args.batch_size) * args.max_episode_len + t
         if tau % args.agent_update_freq == 0:
-            losses.append(torch.stack([learn(match, j, args) for j in (0, 1)]))  # (2, 3)
+            losses.append(learn(match, 0, args) | learn(match, 1, args))
 
     for _ in range(min(args.segment, args.num_episodes - match.episode)):
         rows = rollout(env, match, args, update)
@@ -687,8 +677,7 @@ def play_segment(match, env, args):
         if match.om:  # the episode enters the learning state
             block = event_of(rows, match.lemol)[..., :-1]  # (R, L, X)
             match.hc = match.om.advance(block, match.hc)
-    names = [f"{k}_{j}" for j in (0, 1) for k in ("losses/critic", "losses/actor", "charts/q")]
-    return dict(zip(names, torch.stack(losses).mean(0).flatten())) if losses else {}
+    return average(losses)
 
 
 def iterate(match, env, args, run=None):
@@ -707,15 +696,9 @@ def iterate(match, env, args, run=None):
 
 
 # ================================================================ 6. Evaluation
-# How good were the models while the opponent learned? They are asked on the runs of a cycle, which none has
-# seen yet, what they would guess at each step; the played model did guess so. And how good are the players
-# now? They play some episodes in which nobody learns, in own envs and an own random stream, so that
-# evaluating does not change what is learned.
-def episodes(match, first):
-    """Replay from episode `first` of the cycle to the present one: {name: (R, E, L + 1, ...)}."""
-    return {name: x[:, first : match.episode] for name, x in match.data.items()}
-
-
+# How good were the models while the opponent learned? At the end of a cycle each is asked for its guesses at
+# every step of the new runs, which it has not seen yet. And how good are the players now? They play some
+# episodes without learning, in envs and a random stream apart, so that evaluating changes nothing.
 @torch.no_grad()
 def finish_cycle(match, args):
     """Hand the runs of a cycle over to the models, and note what it brought. -> {tag: value}"""
@@ -747,26 +730,25 @@ def evaluate(match, args, env=None):
         rows = rollout(env or make_env(args, match.runs * args.eval_episodes), match, args)
     returns = returns_of(rows).view(match.runs, -1, 2).mean(1)  # (R, 2)
     half = 1.96 * returns.std(0, correction=min(1, match.runs - 1)) / math.sqrt(match.runs)
-    values = {}
+    values = {f"eval/cycle_{number}/{name}": x for number, entry in enumerate(match.history, 1)
+              for name, x in entry.items()}
     for j in (0, 1):
         values[f"eval/return_{j}"] = returns[:, j].mean().item()
         values[f"eval/return_{j}_ci95"] = half[j].item()
-    for number, entry in enumerate(match.history, 1):
-        values |= {f"eval/cycle_{number}/{name}": x for name, x in entry.items()}
     return values
 
 
-def table(values, match, args):
-    """Who got what in the end; returns and models in each cycle."""
-    lines = [f"{args.env}, {' : '.join(match.kinds)}, {match.runs} runs"]
+def report(values, match, args, folder, step):
+    """Print who got what in the end, and returns and models in each cycle. Write eval.json."""
+    print(f"{args.env}, {' : '.join(match.kinds)}, {match.runs} runs")
     for j in (0, 1):
-        mean, half = (values[f"eval/return_{j}{end}"] for end in ("", "_ci95"))
-        lines.append(f"return_{j} of the last policies: {mean:.2f} ± {half:.2f}")
+        mean, half = values[f"eval/return_{j}"], values[f"eval/return_{j}_ci95"]
+        print(f"return_{j} of the last policies: {mean:.2f} ± {half:.2f}")
     # om: the model that was played; ce: cross-entropy; acc: accuracy
     for name in match.history[0] if match.history else ():
         row = "".join(f"{entry[name]:9.3f}" for entry in match.history)
-        lines.append(f"{name:12s} in each cycle:{row}")
-    return "\n".join(lines)
+        print(f"{name:12s} in each cycle:{row}")
+    write_eval(folder, values | {"global_step": step, "seed": args.seed})
 
 
 # ================================================================ 7. Runs
@@ -871,12 +853,6 @@ class Run:
 
 
 # ================================================================ 8. Train
-def report(match, args, values, folder, step):
-    """Print the table of an evaluation and write eval.json."""
-    print(table(values, match, args))
-    write_eval(folder, values | {"global_step": step, "seed": args.seed})
-
-
 def train(args):
     check(args)
     torch.manual_seed(args.seed % 2**64)
@@ -889,7 +865,7 @@ def train(args):
         match.load(state)
         iteration, step = state["iteration"], state["step"]
     if args.evaluate:
-        report(match, args, evaluate(match, args), state["folder"], step)
+        report(evaluate(match, args), match, args, state["folder"], step)
         if args.capture_video:  # one episode of the last policies
             camera = envs.Camera(env)
             evaluate(match, args, camera)
@@ -917,7 +893,7 @@ def train(args):
             if stop or ended or iteration % args.save_every == 0:
                 run.save(step, iteration=iteration, **match.state())
         if done:
-            report(match, args, values, run.dir, step)
+            report(values, match, args, run.dir, step)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
