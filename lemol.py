@@ -227,7 +227,7 @@ def xavier(runs, sizes):
 def mlp(net, x):
     """R nets on x (R, B, in) -> (R, B, out)"""
     for k in range(0, len(net), 2):
-        x = torch.baddbmm(net[k + 1], x, net[k])
+        x = torch.baddbmm(net[k + 1], x, net[k])  # (R, B, out)
         x = x.relu() if k + 2 < len(net) else x
     return x
 
@@ -308,11 +308,11 @@ class OpponentModel(nn.Module):
         # the learning state, one episode late
         h = hc[0][:, None].expand(-1, E, -1)
         if hc.shape[2]:
-            blocks = events.reshape(M * E, self.length, -1)
+            blocks = events.reshape(M * E, self.length, -1)  # (M E, L, X)
             seq, after = unroll(self.core, self.embed(blocks).view(M, E, -1), hc)
             h, hc = shift_right(seq, hc[0]), after  # (M, E, H), (2, M, H)
         # the episode so far
-        blocks = obs.reshape(M * E, self.length, -1)
+        blocks = obs.reshape(M * E, self.length, -1)  # (M E, L, O)
         z, _ = unroll(self.episode, blocks, self.begin(M * E))  # (M E, L, U)
         return self.guess(z.reshape(M, T, -1), h.repeat_interleave(self.length, 1)), hc
 
@@ -356,7 +356,7 @@ def make_guess(match, z, action, logits):
 def rollout(env, match, args, update=None):
     """An episode in each of N envs -> {name: (N, L + 1, ...)}. update(t) may change weights before step t."""
     N, L, R, i = env.num_envs, env.horizon, match.runs, match.lemol
-    order = (0, 1) if i is None else (1 - i, i)
+    order = (0, 1) if i is None else (1 - i, i)  # the opponent, then LeMOL
     noise = [gumbel(L, R, N // R, A, device=args.device) for A in match.act_dims]
     # the envs and the model's memory start
     obs = env.reset()  # of both agents
@@ -479,8 +479,8 @@ class Match:
         # layers of the players' nets, and replay {name: (R, E, L + 1, ...)}
         self.sizes, self.data = {}, {}
         shape = (self.runs, args.num_episodes, args.max_episode_len + 1)
-        columns = dict(reward=[2], done=[], valid=[], guess=[guess_dim])
-        columns["z"] = [args.in_ep_lstm_dim if self.om else 0]
+        U = args.in_ep_lstm_dim * bool(self.models)
+        columns = dict(reward=[2], done=[], valid=[], guess=[guess_dim], z=[U])
         for j in (0, 1):
             O, A, width = self.obs_dims[j], self.act_dims[j], args.num_units
             self.sizes[f"actor{j}"] = (O + guess_dim * (j == i), width, width, A)
@@ -488,8 +488,7 @@ class Match:
             columns |= {f"obs{j}": [O], f"act{j}": [A]}
         for name, size in columns.items():
             self.data[name] = torch.zeros(*shape, *size, device=args.device)
-        # recorded runs (R, T, X + 1) and measures of past cycles
-        self.pool, self.history = [], []
+        self.pool, self.history = [], []  # recorded runs (R, T, X + 1) and measures of past cycles
         self.adam = {"models": torch.optim.Adam(self.models.parameters(), args.omlr)} if self.models else {}
         self.restart()
 
@@ -615,9 +614,8 @@ def parts_of(x, match):
 
 
 def train_models(match, args, run=None):
-    """eq. (8): J sweeps over M recorded runs; each chunk is one Adam step of each model, on the same data.
-    The state goes from chunk to chunk as a constant, so the first chunk alone trains h_0 and c_0. After
-    Ctrl-C it gives up: None."""
+    """eq. (8): J sweeps over M recorded runs; each chunk is one Adam step of each model. (h, c) goes from chunk
+    to chunk as a constant, so the first chunk alone trains h_0 and c_0. None after Ctrl-C."""
     runs = torch.cat(match.pool)  # (all runs so far, T, X + 1)
     size = args.chunk_length * args.max_episode_len  # steps of a chunk
     losses = []
@@ -653,11 +651,10 @@ def record(match, rows):
 def begin_cycle(match, args, run=None):
     """Train the models on what is recorded [D3], then new players explore. None after Ctrl-C."""
     logs = train_models(match, args, run) if match.pool and match.models else {}
-    if logs is None:
-        return None
-    match.restart()
-    env = make_env(args, match.runs * args.batch_size)
-    record(match, rollout(env, match, args))
+    if logs is not None:
+        match.restart()
+        env = make_env(args, match.runs * args.batch_size)
+        record(match, rollout(env, match, args))
     return logs
 
 
@@ -687,7 +684,7 @@ def iterate(match, env, args, run=None):
     logs = play_segment(match, env, args) if first else begin_cycle(match, args, run)
     if logs is None:
         return None
-    returns = returns_of(episodes(match, first)).mean((0, 1))
+    returns = returns_of(episodes(match, first)).mean((0, 1))  # (2,)
     logs |= {f"charts/episodic_return/agent_{j}": returns[j] for j in (0, 1)}
     logs["charts/episodic_return"] = returns[match.lemol or 0]
     if match.episode == args.num_episodes:
@@ -716,10 +713,13 @@ def finish_cycle(match, args):
 
 def recount(match, om, runs):
     """Mean cross-entropy and accuracy of a model on recorded runs (R, T, X + 1)."""
-    events, obs, target, valid = parts_of(runs, match)
-    logp, _ = om(events, obs, om.start(len(runs)))  # (R, T, A)
-    hit = (logp.argmax(-1) == target.argmax(-1)) * valid
-    return model_loss(logp, target, valid).item(), (hit.sum() / valid.sum()).item()
+    scores = []
+    for x in runs.split(1):  # one by one, for the memory's sake
+        events, obs, target, valid = parts_of(x, match)
+        logp, _ = om(events, obs, om.start(1))  # (1, T, A)
+        hit = (logp.argmax(-1) == target.argmax(-1)) * valid
+        scores.append((model_loss(logp, target, valid), hit.sum() / valid.sum()))
+    return torch.tensor(scores).mean(0).tolist()
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Remember:
     def extended(self, obs):
         obs = [*obs]
         with torch.no_grad():
-            self.u = lemol.one_step(self.memory.episode, obs[self.i], self.u)
+            _, self.u = lemol.unroll(self.memory.episode, obs[self.i][:, None], self.u)
         obs[self.i] = torch.cat([obs[self.i], self.u[0], self.hidden() * float(self.told)], 1)
         return tuple(obs)
 
