@@ -614,8 +614,8 @@ def parts_of(x, match):
 
 
 def train_models(match, args, run=None):
-    """eq. (8): J sweeps over M recorded runs; each chunk is one Adam step of each model. (h, c) goes from chunk
-    to chunk as a constant, so the first chunk alone trains h_0 and c_0. None after Ctrl-C."""
+    """eq. (8): J sweeps over M recorded runs; each chunk is one Adam step. (h, c) goes from chunk to chunk as
+    a constant, so the first chunk alone trains h_0 and c_0. None after Ctrl-C."""
     runs = torch.cat(match.pool)  # (all runs so far, T, X + 1)
     size = args.chunk_length * args.max_episode_len  # steps of a chunk
     losses = []

@@ -1,21 +1,21 @@
 """
 What is a model of the opponent worth? Defenders with equal memory beside each other, in 24 learning runs.
 
-  python benchmark/compare_lemol.py uav             # 45 minutes of one core; continues where it was stopped
-  python benchmark/compare_lemol.py simple_push maddpg ep      # some defenders; maddpg must have played before
+  python benchmark/compare_lemol.py uav                  # 40 minutes of one core; continues where it stopped
+  python benchmark/compare_lemol.py simple_push maddpg ep    # some defenders; maddpg comes first
 
-The models are trained once, on four cycles of `lemol.py --env uav`. Then every defender plays one cycle of 24
-learning runs in which both players learn. All of them see what they observe and, beside it, the state of one
-in-episode LSTM (the ablated model's), which is their memory; they differ in what else they are given:
+The models are trained once, on four cycles as lemol.py plays them. Then each defender plays one cycle of 24
+runs in which both players learn. Beside his observation every defender sees the state of one in-episode LSTM,
+the ablated model's: this is his memory. What differs is what he is given beyond that:
   maddpg      nothing: a plain learner with memory
   uninformed  a guess that is noise
-  ablated     the guess of the ablated model, which is a function of the same memory
-  stored, ep  the guess of LeMOL; in eq. (7) as it was in play, or as it is now
-  oracle, policy, hidden   the other's action, his policy, or what he hides: uav, his place; simple_push, the
-              goal. These three are bounds.
-Then everyone meets the same opponents again: the actors that learned against maddpg, recorded every ten
-episodes. Once with a defender that learns anew while they change, and once with his last policy of the first
-cycle, which learns no more, while a model's h does. A run is a row of results/lemol-<env>-equal-<defender>.csv.
+  ablated     the guess of the ablated model, a function of the same memory
+  stored, ep  LeMOL's guess; in eq. (7) as it was in play, or made anew
+  oracle, policy, hidden    bounds: the other's action, his policy, or what he hides (uav: his place;
+              simple_push: the goal)
+Then each meets the opponents again that learned against maddpg, recorded every ten episodes. Once he learns
+anew while they change ("anew"), once he plays his last policy and learns no more, while h goes on ("frozen").
+The unit is a learning run: the "seeds" of results/lemol-<env>-equal-<defender>.csv.
 """
 
 import datetime
@@ -24,18 +24,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import run
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lemol  # noqa: E402
-import run  # noqa: E402
 
-KINDS = {"maddpg": "maddpg", "uninformed": "uninformed", "ablated": "ablated", "stored": "ep", "ep": "ep",
-         "oracle": "oracle", "policy": "policy", "hidden": "uninformed"}  # defender: --om
+KINDS = {"maddpg": "maddpg", "ep": "ep", "ablated": "ablated", "policy": "policy", "stored": "ep",
+         "hidden": "uninformed", "oracle": "oracle", "uninformed": "uninformed"}  # defender: --om
 RUNS, EVERY = 24, 10  # learning runs of a cycle, episodes between recorded actors
-plain_env = lemol.make_env
+make_env = lemol.make_env
 
 
 class Remember:
@@ -43,24 +42,21 @@ class Remember:
 
     def __init__(self, env, i, memory, told):
         self.env, self.i, self.memory, self.told = env, i, memory, told
-        self.is_uav = hasattr(env, "listening")
+        self.uav = hasattr(env, "listening")
         self.obs_dims = [*env.obs_dims]
-        self.obs_dims[i] += len(memory.u0[0]) + (6 if self.is_uav else 2)
+        self.obs_dims[i] += len(memory.u0[0]) + (6 if self.uav else 2)
 
     def __getattr__(self, name):
         return getattr(self.env, name)
 
-    def hidden(self):
-        if self.is_uav:  # row and column of the target
-            return F.one_hot(self.env.place[0], 3).flatten(1)
-        return F.one_hot(torch.as_tensor(self.env.goal[0]), 2)
-
     def extended(self, obs):
-        obs = [*obs]
         with torch.no_grad():
             _, self.u = lemol.unroll(self.memory.episode, obs[self.i][:, None], self.u)
-        obs[self.i] = torch.cat([obs[self.i], self.u[0], self.hidden() * float(self.told)], 1)
-        return tuple(obs)
+        hidden = F.one_hot(self.env.place[0], 3).flatten(1) if self.uav else F.one_hot(
+            torch.as_tensor(self.env.goal[0]), 2)
+        obs = [*obs]
+        obs[self.i] = torch.cat([obs[self.i], self.u[0], hidden * float(self.told)], 1)
+        return obs
 
     def reset(self):
         self.u = self.memory.begin(self.env.num_envs)
@@ -71,12 +67,11 @@ class Remember:
         return self.extended(obs), *rest
 
 
-def models(args, folder):
-    """The state of trained models, "om." and "ablated.": four cycles of lemol.py and 20 more sweeps."""
-    path = folder / "models.pt"
+def trained_models(args, path):
+    """The state of the models: four cycles of lemol.py, and 20 more sweeps over all their runs."""
     if not path.exists():
         torch.manual_seed(0)
-        env = lemol.make_env(args, args.traj_per_iter)
+        env = make_env(args, args.traj_per_iter)
         match = lemol.Match(args, env)
         while len(match.history) < args.n_opp_cycles:
             lemol.iterate(match, env, args)
@@ -85,42 +80,42 @@ def models(args, folder):
     return torch.load(path)
 
 
-def widened(state, kind, obs_dim, act_dim, more):
-    """The weights of the models of a Match whose obs have `more` columns, which they do not read."""
+def widened(state, om, obs_dim, act_dim, more):
+    """The models for a Match whose observations have `more` columns, which they do not read."""
     out = {}
     for name, x in state.items():
         if "weight_ih" in name and "core" not in name:
-            at = obs_dim + act_dim * ("block" in name)  # behind [a^-i; o^i], or behind o^i
+            at = obs_dim + act_dim * ("block" in name)  # behind o^i, or behind [a^-i; o^i]
             x = torch.cat([x[:, :at], torch.zeros(len(x), more), x[:, at:]], 1)
-        if kind == "ep" or name.startswith("ablated"):
-            out[name if kind == "ep" else name.replace("ablated", "om")] = x
+        if om == "ep":
+            out[name] = x
+        elif name.startswith("ablated."):
+            out[name.replace("ablated", "om")] = x
     return out
 
 
 def play(match, env, args, i, learners, opponents=None, actor=None):
     """A cycle: returns of agent i (R, E), and the other's actors every ten episodes. `opponents` are such
     actors, to be met again; `actor` is a policy of agent i to begin with."""
+    def become(j, net):
+        for p, x in zip(match.theta[f"actor{j}"], net):
+            p.data.copy_(x)
+
     match.restart()
-    meet = lambda j, net: [p.data.copy_(x) for p, x in zip(match.theta[f"actor{j}"], net)]
-    if actor:
-        meet(i, actor)
     if opponents:
-        meet(1 - i, opponents[0])
-    explore = lemol.make_env(args, match.runs * args.batch_size)
-    lemol.record(match, lemol.rollout(explore, match, args))
+        become(1 - i, opponents[0])
+    if actor:
+        become(i, actor)
+    lemol.record(match, lemol.rollout(lemol.make_env(args, RUNS * args.batch_size), match, args))
     actors = []
-
-    def update(t):
-        if t == 0:
-            for j in learners:
-                lemol.learn(match, j, args)
-
     for e in range(args.num_episodes - args.batch_size):
         if e % EVERY == 0:
             if opponents:
-                meet(1 - i, opponents[e // EVERY])
+                become(1 - i, opponents[e // EVERY])
             actors.append([p.detach().clone() for p in match.theta[f"actor{1 - i}"]])
-        rows = lemol.rollout(env, match, args, update)
+        for j in learners:
+            lemol.learn(match, j, args)
+        rows = lemol.rollout(env, match, args)
         lemol.record(match, rows)
         if match.om:
             with torch.no_grad():
@@ -128,36 +123,34 @@ def play(match, env, args, i, learners, opponents=None, actor=None):
     return lemol.returns_of(lemol.episodes(match, args.batch_size))[..., i], actors
 
 
-def cell(name, args, i, state, folder):
-    """All that is measured of one defender: {tag: (R,)}, and curves {tag: (R, points)}."""
-    om = KINDS[name]
-    sides = ("bad_policy", "good_policy")
-    args = replace(args, om=om, traj_per_iter=RUNS, stored_guesses=name == "stored")
-    if om == "maddpg":
-        args = replace(args, om="uninformed", **{sides[i]: "maddpg"})
-    raw = plain_env(args, 1)
-    memory = lemol.OpponentModel("ablated", raw.obs_dims[i], 0, raw.action_dims[1 - i], args)
+def cell(kind, args, i, state, folder):
+    """All that is measured of one defender: {tag: (R,)}, and the returns while both learn (R, E)."""
+    om = KINDS[kind]
+    args = replace(args, traj_per_iter=RUNS, stored_guesses=kind == "stored")
+    args = replace(args, **{("bad_policy", "good_policy")[i]: "maddpg"} if om == "maddpg" else dict(om=om))
+    raw = make_env(args, 1)
+    O, A = raw.obs_dims[i], raw.action_dims[1 - i]
+    memory = lemol.OpponentModel("ablated", O, 0, A, args)
     memory.load_state_dict({k[8:]: x for k, x in state.items() if k.startswith("ablated.")})
-    lemol.make_env = lambda args, n: Remember(plain_env(args, n), i, memory, name == "hidden")
+    lemol.make_env = lambda args, n: Remember(make_env(args, n), i, memory, kind == "hidden")
     torch.manual_seed(1)
     env = lemol.make_env(args, RUNS)
     match = lemol.Match(args, env)
     if match.om:
-        more = match.obs_dims[i] - raw.obs_dims[i]
-        match.models.load_state_dict(widened(state, om, raw.obs_dims[i], raw.action_dims[1 - i], more))
+        match.models.load_state_dict(widened(state, om, O, A, match.obs_dims[i] - O))
     # both learn
     both, opponents = play(match, env, args, i, (0, 1))
     values = {"return": both.mean(1), "return_late": both[:, -100:].mean(1)}
     for model, net in match.models.items():
         runs = lemol.event_of(lemol.episodes(match, args.batch_size), i).flatten(1, 2)
-        values[f"{model}_ce"] = [lemol.recount(match, net, x[None])[0] for x in runs]
+        with torch.no_grad():
+            values[f"{model}_ce"] = torch.tensor([lemol.recount(match, net, x[None])[0] for x in runs])
     rows = lemol.rollout(lemol.make_env(args, RUNS * args.eval_episodes), match, args)
     values["last"] = lemol.returns_of(rows)[:, i].view(RUNS, -1).mean(1)
     # the recorded opponents again
-    path = folder / "opponents.pt"
-    if name == "maddpg":
-        torch.save(opponents, path)
-    opponents = torch.load(path)
+    if kind == "maddpg":
+        torch.save(opponents, folder / "opponents.pt")
+    opponents = torch.load(folder / "opponents.pt")
     actor = [p.detach().clone() for p in match.theta[f"actor{i}"]]
     for tag, learners, start in (("anew", (i,), None), ("frozen", (), actor)):
         torch.manual_seed(2)
@@ -167,30 +160,29 @@ def cell(name, args, i, state, folder):
 
 
 def main():
-    name = sys.argv[1]
-    args = lemol.Args(**lemol.preset(lemol.Args(env=name)) | dict(env=name))
+    name, *kinds = sys.argv[1:]
     torch.set_num_threads(1)
+    args = lemol.Args(**lemol.preset(lemol.Args(env=name)) | dict(env=name))
     i = (args.bad_policy, args.good_policy).index("lemol")
-    folder = ROOT / "runs" / f"equal-{name}"
+    folder = run.ROOT / "runs" / f"equal-{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    state = models(args, folder)
-    for kind in sys.argv[2:] or KINDS:
+    state = trained_models(args, folder / "models.pt")
+    for kind in kinds or KINDS:
         path = run.RESULTS / f"lemol-{name}-equal-{kind}.csv"
         if path.exists():
             continue
         began = time.time()
         values, both = cell(kind, args, i, state, folder)
         rows = [["seed", "step", "tag", "value"]]
-        steps = torch.arange(1, len(both[0]) // 50 + 1) * 50 * args.max_episode_len
         for r in range(RUNS):
-            rows += [[r + 1, step.item(), "charts/episodic_return", f"{x:.4g}"]
-                     for step, x in zip(steps, both[r].unflatten(0, (-1, 50)).mean(1))]
-            rows += [[r + 1, "final", f"eval/{tag}", f"{float(x[r]):.5g}"] for tag, x in values.items()]
+            for k, x in enumerate(both[r].unflatten(0, (-1, 50)).mean(1), 1):
+                rows.append([r + 1, 50 * k * args.max_episode_len, "charts/episodic_return", f"{x:.4g}"])
+            rows += [[r + 1, "final", f"eval/{tag}", f"{x[r]:.5g}"] for tag, x in values.items()]
             rows.append([r + 1, "final", "global_step", args.num_episodes * args.max_episode_len])
         run.write_result(path, {
-            "command": f"python benchmark/compare_lemol.py {name}", "seeds": f"learning runs 1 to {RUNS}",
+            "command": f"python benchmark/compare_lemol.py {name}", "seeds": f"1 to {RUNS}, learning runs",
             "machine": run.machine(), "minutes": f"{(time.time() - began) / 60:.1f}", "commit": run.commit(),
-            "date": datetime.date.today(), "note": f"defender: {kind}"}, rows)
+            "date": datetime.date.today(), "note": f"the defender {kind}"}, rows)
 
 
 if __name__ == "__main__":

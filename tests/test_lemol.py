@@ -1,7 +1,9 @@
 """The maths of lemol.py: opponent model, critics and worlds, by hand and by scripted learners."""
 
+import dataclasses
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import oracles.lemol as twin
@@ -430,6 +432,21 @@ def test_ctrl_c_ends_the_training_of_the_models_at_the_next_chunk():
     m, env, args = match(iterations=3)
     assert m.episode == args.num_episodes
     assert lemol.iterate(m, env, args, SimpleNamespace(interrupted=True)) is None
+
+
+def test_the_released_options_have_their_names_here():
+    readme = (Path(__file__).parents[1] / "benchmark" / "README.md").read_text()
+    text = readme.split("| released | here | remark |\n|---|---|---|\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    listed = """
+        scenario max-episode-len num-episodes num-adversaries good-policy bad-policy discrete-actions lr gamma
+        batch-size num-units adv-eps adv-eps-s agent-update-freq polyak replay-buffer-capacity omlr
+        lstm-hidden-dim lemol-save-path chunk-length num-traj-to-train traj-per-iter om-training-iters
+        n-opp-cycles""".split()
+    assert {f"`--{name}`" for name in listed} <= {row[0] for row in rows}
+    ours = {f"`--{field.name.replace('_', '-')}`" for field in dataclasses.fields(lemol.Args)}
+    for _, here, remark in rows:
+        assert here in ours or here == "none" and len(remark) > 20, here
 
 
 # ---------------------------------------------------------------- the algorithm the obvious way
