@@ -1,7 +1,7 @@
 """
 What is a model of the opponent worth? Defenders with equal memory beside each other, in 24 learning runs.
 
-  python benchmark/compare_lemol.py uav                  # 40 minutes of one core; continues where it stopped
+  python benchmark/compare_lemol.py uav                  # 25 minutes of one core; continues where it stopped
   python benchmark/compare_lemol.py simple_push maddpg ep    # some defenders; maddpg comes first
 
 The models are trained once, on four cycles as lemol.py plays them. Then each defender plays one cycle of 24
@@ -33,7 +33,7 @@ import lemol  # noqa: E402
 
 KINDS = {"maddpg": "maddpg", "ep": "ep", "ablated": "ablated", "policy": "policy", "stored": "ep",
          "hidden": "uninformed", "oracle": "oracle", "uninformed": "uninformed"}  # defender: --om
-RUNS, EVERY = 24, 10  # learning runs of a cycle, episodes between recorded actors
+RUNS, EPISODES, EVERY = 24, 628, 10  # learning runs of a cycle, their episodes, those between recorded actors
 make_env = lemol.make_env
 
 
@@ -162,7 +162,7 @@ def cell(kind, args, i, state, folder):
 def main():
     name, *kinds = sys.argv[1:]
     torch.set_num_threads(1)
-    args = lemol.Args(**lemol.preset(lemol.Args(env=name)) | dict(env=name))
+    args = lemol.Args(**lemol.preset(lemol.Args(env=name)) | dict(env=name, num_episodes=EPISODES))
     i = (args.bad_policy, args.good_policy).index("lemol")
     folder = run.ROOT / "runs" / f"equal-{name}"
     folder.mkdir(parents=True, exist_ok=True)
