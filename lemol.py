@@ -109,7 +109,7 @@ class Args:
     total_steps: Count = 902_400  # training transitions of all runs; by default those of n_opp_cycles cycles
     eval_every: within(int, 0) = 0  # iterations between evaluations; 0: only at the end
     eval_episodes: Count = 100  # episodes of each run in an evaluation
-    save_every: Count = 21  # iterations between checkpoints; also at the end of a cycle and on Ctrl-C
+    save_every: Count = 20  # iterations between checkpoints; also at the end of a cycle and on Ctrl-C
     run_dir: Optional[str] = None  # default: runs/<env>__<script>__<seed>__<time>
     resume: Optional[str] = None  # checkpoint.pt, or its folder, to continue bit-exactly
     evaluate: Optional[str] = None  # checkpoint.pt, or its folder, to evaluate: prints the table
@@ -125,7 +125,7 @@ class Args:
     num_episodes: Count = 1128  # episodes of a learning run, exploration included
     n_opp_cycles: Count = 4  # cycles, each of fresh players; it sets total_steps
     traj_per_iter: Count = 8  # R, learning runs side by side in a cycle
-    segment: Count = 50  # episodes in an iteration: what is logged at once
+    segment: Count = 25  # episodes in an iteration: what is logged at once; Ctrl-C waits for its end
     batch_size: Count = 128  # B, minibatch of eqs. (4)-(7), and the episodes of exploration
     replay_buffer_capacity: Count = 1_000_000  # steps of a run that minibatches are drawn from, the latest
     agent_update_freq: Count = 25  # P, steps between updates; --om ep needs P = L
@@ -145,7 +145,7 @@ class Args:
 
 
 PAPER = dict(num_episodes=11_024, batch_size=1024, n_opp_cycles=10, traj_per_iter=3, chunk_length=64,
-             omlr=1e-3, save_every=101)
+             omlr=1e-3, save_every=200)
 PRESETS = {"uav": dict(bad_policy="maddpg", good_policy="lemol", discrete_actions=True)}  # others: none
 
 

@@ -1,6 +1,7 @@
 """The maths of lemol.py: opponent model, critics and worlds, by hand and by scripted learners."""
 
 import dataclasses
+import importlib
 import math
 import random
 from pathlib import Path
@@ -432,6 +433,25 @@ def test_ctrl_c_ends_the_training_of_the_models_at_the_next_chunk():
     m, env, args = match(iterations=3)
     assert m.episode == args.num_episodes
     assert lemol.iterate(m, env, args, SimpleNamespace(interrupted=True)) is None
+
+
+def test_defenders_with_equal_memory(monkeypatch):
+    """compare_lemol.py: the models do not read the memory, and only one defender is told what is hidden."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmark")
+    compare_lemol = importlib.import_module("compare_lemol")
+    m, env, args = match(env="uav", discrete_actions=True, bad_policy="maddpg", good_policy="lemol")
+    O, A, L = 12, 9, args.max_episode_len
+    wide = OpponentModel("ep", O + 5, A + O + 5 + 7, A, args)
+    state = compare_lemol.widened(m.models.state_dict(), "ep", O, A, 5)
+    wide.load_state_dict({name[3:]: x for name, x in state.items() if name.startswith("om.")})
+    act, obs, junk, rest = (torch.randn(2, 2 * L, n) for n in (A, O, 5, 7))
+    logp, _ = m.om(torch.cat([act, obs, rest], 2), obs, m.om.start(2))
+    obs = torch.cat([obs, junk], 2)
+    assert torch.allclose(wide(torch.cat([act, obs, rest], 2), obs, wide.start(2))[0], logp, atol=1e-5)
+    for told in (False, True):
+        seen = compare_lemol.Remember(env, 1, m.models["ablated"], told)
+        hidden = seen.reset()[1][:, -6:]
+        assert hidden.sum() == told * 2 * len(hidden) and seen.obs_dims[1] == len(seen.reset()[1][0])
 
 
 def test_the_released_options_have_their_names_here():
