@@ -10,7 +10,7 @@ LeMOL: an opponent model that learns how its opponent learns.
   Algorithm  for each cycle: R learning runs side by side, each with new players, phi frozen:
                every player acts by a = softmax(logits + Gumbel noise)        (1) -> gumbel_softmax()
                B episodes of the untrained policies (exploration); then, from h = h_0,
-               each step: a~ = softmax head(in-episode LSTM(o^i), h)          (2) -> OpponentModel.predict()
+               each step: a~ = softmax head(in-episode LSTM(o^i), h)          (2) -> OpponentModel.guess()
                           a^i = pi^i([o^i; a~]), a^-i = pi^-i(o^-i)               -> rollout()
                each episode: (h, c) <- core(BiLSTM(its events), (h, c))       (3) -> OpponentModel.advance()
                each P steps, for each player, from replay:                        -> learn()
@@ -21,9 +21,9 @@ LeMOL: an opponent model that learns how its opponent learns.
                  thetabar <- (1 - polyak) thetabar + polyak theta
              before each cycle: J sweeps over M recorded runs, chunk by chunk:     -> train_models()
                min -mean sum_a a^-i_t log a~_t; (h, c) carried over, detached (8) -> model_loss()
-  Symbols    theta {net: (R, P)}   x_t event [a^-i; o^i; a^i; r^i; end]   h, c (R, H)   a~ guess (N, A)
-             phi   OpponentModel   u   state of the in-episode LSTM (N, U)
-             R runs, L steps of an episode, B minibatch, N = R W envs, X numbers of an event, D of a row
+  Symbols    theta players' nets   phi OpponentModel   a~ guess (N, A)   x_t event [a^-i; o^i; a^i; r^i; end]
+             h, c learning state (R, H)   u, z state and output of the in-episode LSTM (N, U)
+             R runs, L steps of an episode, B minibatch, N = R W envs, X numbers of an event
   Methods    --om ep (LeMOL-EP) | ablated (no h) | oracle (a~ is his true action) | policy (a~ is his true
              policy) | uninformed (a~ is noise). --bad-policy (agent 0) and --good-policy (agent 1): lemol |
              maddpg | mmmaddpg (M3DDPG).
@@ -36,11 +36,11 @@ LeMOL: an opponent model that learns how its opponent learns.
                   actor is a plain one, as released.
              [D6] The time limit ends an episode for the critic (d = 1), as released.
              [D7] What follows an early end (uav) is masked, and a block stays a whole episode.
-             [D8] The default is small: 8 runs, B = 128, 4 cycles of 1128 episodes. --paper has the paper's.
+             [D8] Eq. (7) reads a~ guessed anew with the present h. Released: with the h of the time of play.
+             [D9] The default is small: 8 runs, B = 128, 4 cycles of 1128 episodes. --paper has the paper's.
   Run        python lemol.py --env simple_push                      # 2 min; cross-entropy 1.3, ablated 1.5
              python lemol.py --env simple_push --paper              # the paper's scale: hours
              python lemol.py --env simple_push --om ablated         # the paper's ablation
-             python lemol.py --env simple_push --om oracle --n-opp-cycles 1          # told the action: 30 s
              python lemol.py --env simple_push --bad-policy maddpg --n-opp-cycles 1  # no opponent model
              python lemol.py --env uav                              # the UAV models its pursuer
              python lemol.py --evaluate runs/x/checkpoint.pt --capture-video    # table, and play.gif
@@ -55,7 +55,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Annotated, Literal, Optional
@@ -96,9 +96,10 @@ def within(kind, low, high=math.inf):
 
 Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
 
+
 @dataclass
 class Args:
-    """Defaults: a quick simple_push, two minutes of one core [D8]. PAPER below has the paper's sizes."""
+    """Defaults: a quick simple_push, two minutes of one core [D9]. PAPER below has the paper's sizes."""
 
     # --- run: the same in all six scripts
     env: str = "simple_push"  # simple_push, simple_speaker_listener, uav, or your own: make_env()
@@ -108,7 +109,7 @@ class Args:
     total_steps: Count = 902_400  # training transitions of all runs; by default those of n_opp_cycles cycles
     eval_every: within(int, 0) = 0  # iterations between evaluations; 0: only at the end
     eval_episodes: Count = 100  # episodes of each run in an evaluation
-    save_every: Count = 21  # iterations between checkpoints; also at the end of a cycle and on Ctrl-C
+    save_every: Count = 20  # iterations between checkpoints; also at the end of a cycle and on Ctrl-C
     run_dir: Optional[str] = None  # default: runs/<env>__<script>__<seed>__<time>
     resume: Optional[str] = None  # checkpoint.pt, or its folder, to continue bit-exactly
     evaluate: Optional[str] = None  # checkpoint.pt, or its folder, to evaluate: prints the table
@@ -124,14 +125,17 @@ class Args:
     num_episodes: Count = 1128  # episodes of a learning run, exploration included
     n_opp_cycles: Count = 4  # cycles, each of fresh players; it sets total_steps
     traj_per_iter: Count = 8  # R, learning runs side by side in a cycle
-    segment: Count = 50  # episodes in an iteration: what is logged at once
+    segment: Count = 25  # episodes in an iteration: what is logged at once; Ctrl-C waits for its end
     batch_size: Count = 128  # B, minibatch of eqs. (4)-(7), and the episodes of exploration
+    replay_buffer_capacity: Count = 1_000_000  # steps of a run that minibatches are drawn from, the latest
     agent_update_freq: Count = 25  # P, steps between updates; --om ep needs P = L
     lr: Size = 1e-2  # Adam's step size of actors and critics
     gamma: Share = 0.95  # discount
     polyak: Share = 0.01  # share of the new weights in the targets at each update [D1]
+    stored_guesses: bool = False  # eq. (7) reads a~ as it was in play, as released; off: as it is now [D8]
     num_units: Count = 64  # width of the two hidden layers of each network
-    adv_eps: Size = 1e-3  # eps of eq. (5)
+    adv_eps: Size = 1e-3  # eps of eq. (5) against an opponent
+    adv_eps_s: Size = 1e-5  # eps of eq. (5) against a team-mate, in an env without adversaries
     chunk_length: Count = 20  # episodes that eq. (8) is differentiated through
     om_training_iters: Count = 5  # J, sweeps between cycles
     num_traj_to_train: Count = 8  # M, runs in a sweep, drawn with replacement from all so far
@@ -141,31 +145,28 @@ class Args:
 
 
 PAPER = dict(num_episodes=11_024, batch_size=1024, n_opp_cycles=10, traj_per_iter=3, chunk_length=64,
-             omlr=1e-3, save_every=101)
+             omlr=1e-3, save_every=200)
 PRESETS = {"uav": dict(bad_policy="maddpg", good_policy="lemol", discrete_actions=True)}  # others: none
 
 
 def preset(args):
     """What replaces the defaults where the command line is silent."""
     changes = PRESETS.get(args.env, {}) | (PAPER if args.paper else {})
-    silent = [name for name in changes if getattr(args, name) == getattr(Args(), name)]
-    sizes = replace(args, **{name: changes[name] for name in silent})
-    steps = sizes.n_opp_cycles * sizes.traj_per_iter * sizes.num_episodes * sizes.max_episode_len
-    return changes | dict(total_steps=steps)
+    given = {name: x for name, x in vars(args).items() if x != getattr(Args(), name)}
+    final = vars(Args()) | changes | given
+    sizes = ("n_opp_cycles", "traj_per_iter", "num_episodes", "max_episode_len")
+    return changes | dict(total_steps=math.prod(final[name] for name in sizes))
 
 
 def check(args):
     """Refuse what no single argument can be blamed for."""
     if args.bad_policy == args.good_policy == "lemol":
         fail("--bad-policy and --good-policy: LeMOL can play one side only")
-    if trains_model(args) and args.agent_update_freq != args.max_episode_len:
+    has_model = "lemol" in (args.bad_policy, args.good_policy) and args.om in ("ep", "ablated")
+    if has_model and args.agent_update_freq != args.max_episode_len:
         fail(f"an opponent model needs --agent-update-freq {args.max_episode_len}, an episode")
     if args.chunk_length > args.num_episodes - args.batch_size:
         fail("--chunk-length exceeds --num-episodes less the --batch-size episodes of exploration")
-
-
-def trains_model(args):
-    return "lemol" in (args.bad_policy, args.good_policy) and args.om in ("ep", "ablated")
 
 
 def parse():
@@ -210,55 +211,24 @@ def playable(args, env):
              f"--max-episode-len {args.max_episode_len} steps")
 
 
-def layout(obs_dims, act_dims, guess_dim):
-    """Where things are among the D numbers of a replay row, {name: slice}."""
-    sizes = dict(obs0=obs_dims[0], obs1=obs_dims[1], act0=act_dims[0], act1=act_dims[1])
-    sizes |= dict(reward=2, done=1, valid=1, guess=guess_dim)
-    where, end = {}, 0
-    for name, size in sizes.items():
-        where[name] = slice(end, end + size)
-        end += size
-    # what stands side by side
-    where["obs"] = slice(0, where["obs1"].stop)
-    where["joint"] = slice(0, where["act1"].stop)
-    where["all"] = slice(0, end)
-    return where
-
-
-def event_of(rows, where, i):
-    """x_t = [a^-i; o^i; a^i; r^i; end], and 1, or 0 after an early end: (..., D) -> (..., X + 1)."""
-    valid = rows[..., where["valid"]]
-    x = [rows[..., where[name]] for name in (f"act{1 - i}", f"obs{i}", f"act{i}")]
-    x += [rows[..., where["reward"]][..., i, None], rows[..., where["done"]]]
-    return torch.cat([torch.cat(x, -1) * valid, valid], -1)  # [D7]
-
-
 # ================================================================ 2. Networks
-# Actors and critics are Linear-ReLU-Linear-ReLU-Linear. The nets of all R runs are one tensor (R, P), each
-# row the weights of one run in a line: one optimiser, one clipping, one polyak step for all of them, and
-# batched products in between [D2]. Losses are summed over runs, so that no run feels another. Minibatches are
-# (R, features, B): narrow products and softmaxes are 3 to 20 times faster so.
+# Actors and critics are Linear-ReLU-Linear-ReLU-Linear. The same net of all R runs is one list of tensors,
+# weight (R, in, out) and bias (R, 1, out) in turn: one batched product, one optimiser for all of them [D2].
+# Losses are summed over runs, so that no run feels another.
 def xavier(runs, sizes):
-    """(R, P): Xavier-uniform weights (R, out, in) and zero biases, by the fans of one net."""
-    parts = []
+    """R nets of layers `sizes`: Xavier-uniform weights and zero biases."""
+    net = []
     for n, m in itertools.pairwise(sizes):
-        parts += [(2 * torch.rand(runs, n * m) - 1) * math.sqrt(6 / (n + m)), torch.zeros(runs, m)]
-    return torch.cat(parts, 1)
+        bound = math.sqrt(6 / (n + m))
+        net += [(2 * torch.rand(runs, n, m) - 1) * bound, torch.zeros(runs, 1, m)]
+    return net
 
 
-def tensor_sizes(sizes):
-    """How many numbers of a row belong to each weight and bias."""
-    return [k for n, m in itertools.pairwise(sizes) for k in (n * m, m)]
-
-
-def mlp(flat, sizes, x):
-    """Nets (R, P) of layers `sizes` on x (R, F, B) -> (R, out, B)"""
-    parts = flat.split(tensor_sizes(sizes), 1)
-    for k, (n, m) in enumerate(itertools.pairwise(sizes)):
-        weight = parts[2 * k].view(-1, m, n)
-        bias = parts[2 * k + 1].view(-1, m, 1)
-        x = torch.baddbmm(bias, weight, x)  # (R, m, B)
-        x = x.relu_() if k < len(sizes) - 2 else x
+def mlp(net, x):
+    """R nets on x (R, B, in) -> (R, B, out)"""
+    for k in range(0, len(net), 2):
+        x = torch.baddbmm(net[k + 1], x, net[k])  # (R, B, out)
+        x = x.relu() if k + 2 < len(net) else x
     return x
 
 
@@ -275,15 +245,15 @@ def lstm(inputs, hidden, **options):
     return net
 
 
-def one_step(net, x, state):
-    """An LSTM's next state (2, N, H) after x (N, F): its output and its cell."""
-    weights = net.weight_ih_l0, net.weight_hh_l0, net.bias_ih_l0, net.bias_hh_l0
-    return torch.stack(torch.lstm_cell(x, tuple(state), *weights))
+def unroll(net, x, state):
+    """An LSTM over x (N, T, F) from state (2, N, H): outputs (N, T, H), the last state (2, N, H)."""
+    h, c = state.contiguous()
+    out, after = net(x, (h[None], c[None]))
+    return out, torch.cat(after)
 
 
 def shift_right(seq, first):
-    """The lag: (M, T, H), (M, H) -> (M, T, H), what was known BEFORE each step. No event may reach a guess of
-    its own time."""
+    """(M, T, H), (M, H) -> (M, T, H), what was known BEFORE each: no event may reach a guess of its time."""
     return torch.cat([first[:, None], seq[:, :-1]], 1)
 
 
@@ -320,130 +290,131 @@ class OpponentModel(nn.Module):
 
     def embed(self, blocks):
         """(N, L, X) -> (N, 2 H): the last forward and the last backward state of the BiLSTM."""
-        return torch.cat(self.block(blocks)[1][0].unbind(0), -1)
+        _, (last, _) = self.block(blocks)
+        return torch.cat([last[0], last[1]], -1)
 
     def advance(self, block, hc):
         """eq. (3) in play: (h, c) (2, N, H) after one more episode (N, L, X)."""
-        return one_step(self.core, self.embed(block), hc) if hc.shape[2] else hc
+        return unroll(self.core, self.embed(block)[:, None], hc)[1] if hc.shape[2] else hc
 
     def guess(self, z, h):
+        """The head: z (..., U) of the episode so far, h (..., H) -> log a~ (..., A)."""
         return self.head(torch.cat([z, h], -1)).log_softmax(-1)
-
-    def predict(self, obs, h, u):
-        """eq. (2) in play: obs (N, O), h (N, H), u (2, N, U) -> log a~ (N, A), next u."""
-        u = one_step(self.episode, obs, u)
-        return self.guess(u[0], h), u
 
     def forward(self, events, obs, hc):
         """eqs. (2) and (3) over a chunk: events (M, T, X), obs (M, T, O) -> log a~ (M, T, A), next (h, c)."""
-        (M, T), L = obs.shape[:2], self.length
+        M, T, _ = obs.shape
+        E = T // self.length  # episodes
         # the learning state, one episode late
-        h = hc[0][:, None].expand(-1, T // L, -1)
+        h = hc[0][:, None].expand(-1, E, -1)
         if hc.shape[2]:
-            blocks = events.reshape(-1, L, events.shape[2])  # (M T / L, L, X)
-            summary = self.embed(blocks).view(M, T // L, -1)  # (M, T / L, 2 H)
-            seq, after = self.core(summary, tuple(s[None].contiguous() for s in hc))
-            h = shift_right(seq, hc[0])  # (M, T / L, H)
-            hc = torch.cat(after)
+            blocks = events.reshape(M * E, self.length, -1)  # (M E, L, X)
+            seq, after = unroll(self.core, self.embed(blocks).view(M, E, -1), hc)
+            h, hc = shift_right(seq, hc[0]), after  # (M, E, H), (2, M, H)
         # the episode so far
-        blocks = obs.reshape(-1, L, obs.shape[2])  # (M T / L, L, O)
-        u = tuple(s[None].contiguous() for s in self.begin(len(blocks)))
-        z = self.episode(blocks, u)[0].reshape(M, T, -1)  # (M, T, U)
-        return self.guess(z, h.repeat_interleave(L, 1)), hc
+        blocks = obs.reshape(M * E, self.length, -1)  # (M E, L, O)
+        z, _ = unroll(self.episode, blocks, self.begin(M * E))  # (M E, L, U)
+        return self.guess(z.reshape(M, T, -1), h.repeat_interleave(self.length, 1)), hc
 
 
 # ================================================================ 3. Rollout
 # N = R W envs: W = 1 while players learn, W = B in the exploration before it, where nobody learns yet. The
-# opponent acts first, because the oracles want to see it; a model does not. An episode becomes L + 1 replay
-# rows, of which the last holds the final observation alone: the successor of row t is row t + 1, always.
+# opponent acts first, because the oracles want to see it; a model does not. Rows are {name: tensor}: obs_i
+# and act_i of both players, reward, done, valid (0 after an early end), the guess, and the z that it was made
+# of. An episode has L + 1 rows; the last holds the final observation alone: row t + 1 always follows row t.
 def harden(x):
-    """One-hot of the largest entry: (N, A) -> (N, A)"""
-    return torch.zeros_like(x).scatter_(1, x.argmax(1, keepdim=True), 1.0)
+    """One-hot of the largest entry: (..., A) -> (..., A)"""
+    return torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1.0)
 
 
 def gumbel(*shape, device="cpu"):
     return torch.rand(shape).log_().neg_().log_().neg_().to(device)
 
 
-def gumbel_softmax(logits, noise, dim=1):
+def gumbel_softmax(logits, noise=None):
     """eq. (1): a point of the simplex whose largest entry is action a with probability softmax(logits)_a."""
-    return (logits + noise).softmax(dim)
+    noise = gumbel(*logits.shape, device=logits.device) if noise is None else noise
+    return (logits + noise).softmax(-1)
 
 
-def make_guess(match, obs, action, logits, h, u):
-    """What LeMOL takes for the other's action now. obs (N, O) is its own; action and logits (N, A) are the
-    other's, and only the oracles look at them; h and u are the model's states. -> a~ (N, A), next u"""
+def make_guess(match, z, action, logits):
+    """What LeMOL takes for the other's action now. action and logits (N, A) are the other's, and only the
+    oracles look at them; z (N, U) is what the model has seen of the episode. -> a~ (N, A)"""
     om = match.args.om
     if om == "oracle":
-        return action, u
+        return action
     if om == "policy":
-        return logits.softmax(1), u
+        return logits.softmax(-1)
     if om == "uninformed":
         noise = -torch.rand(action.shape).log().to(action.device)
-        guess = noise / noise.sum(1, keepdim=True)  # uniform on the simplex
-    else:
-        logp, u = match.om.predict(obs, h, u)
-        guess = logp.exp()
-    return harden(guess) if match.args.discrete_actions else guess, u
+        guess = noise / noise.sum(-1, keepdim=True)  # uniform on the simplex
+        return harden(guess) if match.args.discrete_actions else guess
+    return match.ask(z.unflatten(0, (match.runs, -1))).flatten(0, 1)
 
 
 @torch.no_grad()
 def rollout(env, match, args, update=None):
-    """One episode in each of N envs -> replay rows (N, L + 1, D). update(t) may change the weights before
-    step t."""
+    """An episode in each of N envs -> {name: (N, L + 1, ...)}. update(t) may change weights before step t."""
     N, L, R, i = env.num_envs, env.horizon, match.runs, match.lemol
-    order = (0, 1) if i is None else (1 - i, i)
-    noise = [gumbel(L, R, A, N // R, device=args.device) for A in match.act_dims]
+    order = (0, 1) if i is None else (1 - i, i)  # the opponent, then LeMOL
+    noise = [gumbel(L, R, N // R, A, device=args.device) for A in match.act_dims]
     # the envs and the model's memory start
     obs = env.reset()  # of both agents
-    rows = torch.zeros(N, L + 1, match.where["all"].stop, device=args.device)
+    rows = {name: x.new_zeros(N, *x.shape[2:]) for name, x in match.data.items()}
     over = torch.zeros(N, dtype=torch.bool, device=args.device)
-    guess = torch.zeros(N, 0, device=args.device)  # where nobody guesses
-    h = u = None
-    if match.om:
-        h = match.hc[0].repeat_interleave(N // R, 0)  # (N, H)
-        u = match.om.begin(N)  # (2, N, U)
+    u = match.om.begin(N) if match.om else torch.zeros(2, N, 0)
 
     for t in range(L):
         if update is not None:
             update(t)
+        step = dict(obs0=obs[0], obs1=obs[1], valid=~over)
         # one acts after the other
         action, logits = [None, None], [None, None]
         for j in order:
             x = obs[j]  # (N, O_j)
             if j == i:
-                guess, u = make_guess(match, x, action[1 - i], logits[1 - i], h, u)
+                if match.om:
+                    _, u = unroll(match.om.episode, x[:, None], u)
+                guess = make_guess(match, u[0], action[1 - i], logits[1 - i])
+                step |= dict(z=u[0], guess=guess)
                 x = torch.cat([x, guess], 1)
-            out = match.actor(j, x.view(R, -1, x.shape[1]).mT)  # (R, A, W)
-            logits[j] = out.mT.reshape(N, -1)  # (N, A)
-            action[j] = gumbel_softmax(out, noise[j][t]).mT.reshape(N, -1)
+            out = mlp(match.theta[f"actor{j}"], x.unflatten(0, (R, -1)))  # (R, W, A)
+            logits[j] = out.flatten(0, 1)  # (N, A)
+            action[j] = gumbel_softmax(out, noise[j][t]).flatten(0, 1)
             action[j] = harden(action[j]) if args.discrete_actions else action[j]
+            step[f"act{j}"] = action[j]
         # what the step brings
-        after, reward, terminated, truncated, _ = env.step(action)
-        end = terminated | truncated  # [D6], (N,)
-        rows[:, t] = torch.cat([*obs, *action, reward, end[:, None], ~over[:, None], guess], 1)
-        obs, over = after, terminated
-    rows[:, L, match.where["obs"]] = torch.cat(obs, 1)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        step |= dict(reward=reward, done=terminated | truncated)  # [D6]
+        for name, x in step.items():
+            rows[name][:, t] = x
+        over = terminated
+    rows["obs0"][:, L], rows["obs1"][:, L] = obs
     return rows
 
 
-def returns_of(rows, where):
-    """Sums of rewards over the steps of an episode: (..., L + 1, D) -> (..., 2)"""
-    return (rows[..., where["reward"]] * rows[..., where["valid"]]).sum(-2)
+def returns_of(rows):
+    """Sums of rewards over the steps of an episode: (..., 2)"""
+    return (rows["reward"] * rows["valid"][..., None]).sum(-2)
 
 
-def sample(data, where, batch):
-    """Replay rows t and rows t + 1, each (R, D, B), uniform with replacement among the valid rows of a run:
-    data (R, E, L + 1, D)."""
-    R, D = len(data), data.shape[-1]
-    count = data[..., where["valid"]].flatten(1).cumsum(1)  # how many valid rows there are up to each row
-    # the first of them, or the second, ...; rand * count may round up
-    number = (torch.rand(R, batch).to(data.device) * count[:, -1:]).floor() + 1
-    pick = torch.searchsorted(count, number.minimum(count[:, -1:]))  # (R, B)
-    # the same in all runs' rows
-    pick = (pick + torch.arange(R, device=pick.device)[:, None] * count.shape[1]).flatten()
-    flat = data.view(-1, D)  # (R E (L + 1), D)
-    return [flat.index_select(0, p).view(R, batch, D).mT.contiguous() for p in (pick, pick + 1)]
+def event_of(rows, i):
+    """x_t = [a^-i; o^i; a^i; r^i; end], and 1, or 0 after an early end, of each step: (..., L, X + 1)."""
+    valid = rows["valid"][..., None]
+    x = [rows[f"act{1 - i}"], rows[f"obs{i}"], rows[f"act{i}"]]
+    x += [rows["reward"][..., i, None], rows["done"][..., None]]
+    x = torch.cat([torch.cat(x, -1) * valid, valid], -1)  # [D7]
+    return x[..., :-1, :]  # without the row of the final observation
+
+
+def sample(data, batch):
+    """Replay rows {name: (R, B, ...)}, uniform with replacement among the valid ones of each run, and the
+    observations that followed. data: {name: (R, E, L + 1, ...)}."""
+    pick = torch.multinomial(data["valid"].flatten(1), batch, replacement=True)  # (R, B)
+    run = torch.arange(len(pick), device=pick.device)[:, None]
+    now = {name: x.flatten(1, 2)[run, pick] for name, x in data.items()}
+    after = {name: data[name].flatten(1, 2)[run, pick + 1] for name in ("obs0", "obs1")}
+    return now, after
 
 
 # ================================================================ 4. Objectives
@@ -454,12 +425,12 @@ def critic_target(reward, done, next_q, gamma):
 
 
 def adversary(q_of, action, eps):
-    """eq. (5): action (R, A, B) after a step of length eps (R, 1, 1) down q_of(action) (R, B), each column by
-    itself. The step is a constant for autograd; where q is flat, there is none."""
+    """eq. (5): action (R, B, A) after a step of length eps down q_of(action) (R, B), each by itself. The step
+    is a constant for autograd; where q is flat, there is none."""
     with torch.enable_grad():
         a = action.detach().requires_grad_()
         slope, = torch.autograd.grad(q_of(a).sum(), a)  # [D5]
-    return action - eps * slope / slope.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return action - eps * slope / slope.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def critic_loss(q, y):
@@ -468,7 +439,7 @@ def critic_loss(q, y):
 
 
 def actor_loss(q, logits):
-    """eq. (7): q (R, B) of the actor's own action, its logits (R, A, B) -> (R,)"""
+    """eq. (7): q (R, B) of the actor's own action, its logits (R, B, A) -> (R,)"""
     return -q.mean(1) + 1e-3 * logits.square().mean((1, 2))
 
 
@@ -480,146 +451,160 @@ def model_loss(logp, action, valid):
 # ================================================================ 5. Update
 # A cycle: the models train on all runs so far, new players explore, and then they learn while they play. What
 # an iteration does is either the beginning of a cycle or a segment of its episodes.
-def clip_each(grad, sizes, max_norm=0.5):
-    """Every weight and bias tensor of every run to a norm of its own, as in the released code: (R, P)."""
-    parts = grad.split(tensor_sizes(sizes), 1)  # (R, n) each
-    return torch.cat([g * (max_norm / g.norm(dim=1, keepdim=True).clamp(min=max_norm)) for g in parts], 1)
+def clip(grad, max_norm=0.5):
+    """The gradient of one weight or bias, (R, ., .): each run's to a norm of its own, as released."""
+    norm = grad.norm(dim=(1, 2), keepdim=True)
+    return grad * (max_norm / norm.clamp(min=max_norm))
 
 
 class Match:
     """R learning runs in lock-step, and the models that outlive them."""
 
     def __init__(self, args, env):
-        self.args = args
-        self.runs = R = args.traj_per_iter
+        self.args, self.runs = args, args.traj_per_iter
         self.kinds = (args.bad_policy, args.good_policy)
         self.lemol = i = self.kinds.index("lemol") if "lemol" in self.kinds else None  # who has a model
+        self.eps = args.adv_eps if getattr(env, "num_adversaries", 1) else args.adv_eps_s
         self.obs_dims, self.act_dims = tuple(env.obs_dims), tuple(env.action_dims)
         guess_dim = 0 if i is None else self.act_dims[1 - i]
-        self.where = layout(self.obs_dims, self.act_dims, guess_dim)
         # the model that is played, and an ablated one beside it
-        self.models = {}  # in play, the one called "om"
-        if trains_model(args):
+        self.models = nn.ModuleDict()
+        if i is not None and args.om in ("ep", "ablated"):
             event = guess_dim + self.obs_dims[i] + self.act_dims[i] + 2  # X
             kinds = {"om": "ep", "ablated": "ablated"} if args.om == "ep" else {"om": "ablated"}
             for name, kind in kinds.items():
                 model = OpponentModel(kind, self.obs_dims[i], event, guess_dim, args)
                 self.models[name] = model.to(args.device)
-        self.om = self.models.get("om")
-        # the players: layers, weights, optimisers
-        units = (args.num_units, args.num_units)
-        seen = [self.obs_dims[j] + guess_dim * (j == i) for j in (0, 1)]  # what an actor reads
-        self.sizes = {f"actor{j}": (seen[j], *units, self.act_dims[j]) for j in (0, 1)}
-        self.sizes |= {f"critic{j}": (self.where["joint"].stop, *units, 1) for j in (0, 1)}
-        self.theta = {}  # (R, P) each
-        for name, sizes in self.sizes.items():
-            for key in (name, f"{name}_target"):
-                self.theta[key] = torch.zeros(R, sum(tensor_sizes(sizes)), device=args.device)
-        self.adam = {name: torch.optim.Adam([self.theta[name]], args.lr, fused=True) for name in self.sizes}
-        self.adam |= {name: torch.optim.Adam(om.parameters(), args.omlr) for name, om in self.models.items()}
-        # replay, and the learning state
-        size = (R, args.num_episodes, args.max_episode_len + 1, self.where["all"].stop)
-        self.data = torch.zeros(size, device=args.device)
-        self.hc = torch.zeros(2, R, self.om.h0.shape[1] if self.om else 0, device=args.device)
-        self.tensors = self.theta | dict(data=self.data, hc=self.hc)  # what changes within a cycle
-        # recorded runs (R, T, X + 1) and measures of past cycles; the first iteration begins a cycle
-        self.pool, self.history = [], []
-        self.episode = args.num_episodes
+        self.om = self.models["om"] if self.models else None
+        # layers of the players' nets, and replay {name: (R, E, L + 1, ...)}
+        self.sizes, self.data = {}, {}
+        shape = (self.runs, args.num_episodes, args.max_episode_len + 1)
+        U = args.in_ep_lstm_dim * bool(self.models)
+        columns = dict(reward=[2], done=[], valid=[], guess=[guess_dim], z=[U])
+        for j in (0, 1):
+            O, A, width = self.obs_dims[j], self.act_dims[j], args.num_units
+            self.sizes[f"actor{j}"] = (O + guess_dim * (j == i), width, width, A)
+            self.sizes[f"critic{j}"] = (sum(self.obs_dims + self.act_dims), width, width, 1)
+            columns |= {f"obs{j}": [O], f"act{j}": [A]}
+        for name, size in columns.items():
+            self.data[name] = torch.zeros(*shape, *size, device=args.device)
+        self.pool, self.history = [], []  # recorded runs (R, T, X + 1) and measures of past cycles
+        self.adam = {"models": torch.optim.Adam(self.models.parameters(), args.omlr)} if self.models else {}
+        self.restart()
 
     @torch.no_grad()
     def restart(self):
         """New players, empty replay, the learned initial state: the beginning of a cycle. phi stays."""
+        self.theta = {}
         for name, sizes in self.sizes.items():
-            self.theta[name].copy_(xavier(self.runs, sizes))
-            self.theta[f"{name}_target"].copy_(self.theta[name])  # [D1]
-            self.adam[name].state.clear()
-        self.data.zero_()
+            net = [p.to(self.args.device) for p in xavier(self.runs, sizes)]
+            self.theta[f"{name}_target"] = [p.clone() for p in net]  # [D1]
+            self.theta[name] = [p.requires_grad_() for p in net]
+            self.adam[name] = torch.optim.Adam(net, self.args.lr, fused=True)
         self.episode = 0
-        if self.om:
-            self.hc.copy_(self.om.start(self.runs))
+        self.hc = self.om.start(self.runs) if self.om else torch.zeros(2, self.runs, 0)  # (2, R, H)
 
-    def actor(self, j, x, end=""):
-        """Logits of agent j's actors, or with "_target" of its target actors: x (R, F, B) -> (R, A, B)"""
-        return mlp(self.theta[f"actor{j}{end}"], self.sizes[f"actor{j}"], x)
+    @torch.no_grad()
+    def ask(self, z):
+        """eq. (2): the model's guesses at the present h, z (R, B, U) -> (R, B, A)"""
+        h = self.hc[0][:, None].expand(-1, z.shape[1], -1)
+        guess = self.om.guess(z, h).exp()
+        return harden(guess) if self.args.discrete_actions else guess
 
-    def q(self, flat, j, obs, action):
-        """Q of agent j by weights (R, P): obs (R, O, B) of both, action [(R, A_i, B)] of both -> (R, B)"""
-        return mlp(flat, self.sizes[f"critic{j}"], torch.cat([obs, *action], 1))[:, 0]
+    def q(self, name, rows, action):
+        """Q by one of the critics: observations of `rows`, action [(R, B, A_i)] of both -> (R, B)"""
+        x = torch.cat([rows["obs0"], rows["obs1"], *action], -1)
+        return mlp(self.theta[name], x)[..., 0]
 
-    def descend(self, name, loss, flat):
+    def descend(self, name, loss):
         """One step of a net down a loss (R,)."""
-        grad, = torch.autograd.grad(loss.sum(), flat)
-        self.theta[name].grad = clip_each(grad, self.sizes[name])
+        net = self.theta[name]
+        for p, grad in zip(net, torch.autograd.grad(loss.sum(), net)):
+            p.grad = clip(grad)
         self.adam[name].step()
+
+    def tensors(self):
+        """What changes in place: the players' nets, replay, phi."""
+        nets = {f"{name}.{k}": p.detach() for name, net in self.theta.items() for k, p in enumerate(net)}
+        return nets | self.data | self.models.state_dict()
 
     def state(self):
         """Everything that changes, for a checkpoint."""
-        state = dict(tensors=self.tensors, pool=self.pool, history=self.history, episode=self.episode)
-        for group in ("models", "adam"):
-            state[group] = {name: x.state_dict() for name, x in getattr(self, group).items()}
-        return state
+        adam = {name: x.state_dict() for name, x in self.adam.items()}
+        return dict(tensors=self.tensors(), adam=adam, hc=self.hc, pool=self.pool, history=self.history,
+                    episode=self.episode)
 
     def load(self, state):
         """Back to such a state."""
-        for name, x in self.tensors.items():
+        for name, x in self.tensors().items():
             x.copy_(state["tensors"][name])
-        for group in ("models", "adam"):
-            for name, x in getattr(self, group).items():
-                x.load_state_dict(state[group][name])
-        self.pool, self.history = state["pool"], state["history"]
-        self.episode = state["episode"]
+        for name, adam in self.adam.items():
+            adam.load_state_dict(state["adam"][name])
+        self.hc = state["hc"].to(self.args.device)
+        self.pool, self.history, self.episode = (state[k] for k in ("pool", "history", "episode"))
+
+
+def episodes(match, first):
+    """Replay from episode `first` of the cycle to the present one: {name: (R, E, L + 1, ...)}."""
+    return {name: x[:, first : match.episode] for name, x in match.data.items()}
 
 
 @torch.no_grad()
 def target_actions(match, j, after):
-    """a' of eq. (4) for the critic of agent j, [(R, A_i, B)]. The other comes first, then LeMOL, whose target
+    """a' of eq. (4) for the critic of agent j, [(R, B, A_i)]. The other comes first, then LeMOL, whose target
     actor reads the other's true target action: as released, both critics assume a perfect model."""
     i, action = match.lemol, [None, None]
     for k in (0, 1) if i is None else (1 - i, i):
-        x = after[:, match.where[f"obs{k}"]]
-        x = torch.cat([x, action[1 - k]], 1) if k == i else x
-        logits = match.actor(k, x, "_target")  # (R, A_k, B)
-        action[k] = gumbel_softmax(logits, gumbel(*logits.shape, device=x.device))
+        x = after[f"obs{k}"]
+        x = torch.cat([x, action[1 - k]], -1) if k == i else x
+        action[k] = gumbel_softmax(mlp(match.theta[f"actor{k}_target"], x))
     if match.kinds[j] == "mmmaddpg":
 
         def q_of(other):
             both = [other, action[1]] if j == 1 else [action[0], other]
-            return match.q(match.theta[f"critic{j}_target"], j, after[:, match.where["obs"]], both)
+            return match.q(f"critic{j}_target", after, both)
 
-        action[1 - j] = adversary(q_of, action[1 - j], match.args.adv_eps)
+        action[1 - j] = adversary(q_of, action[1 - j], match.eps)
     return action
 
 
 @torch.enable_grad()  # a rollout calls it
 def learn(match, j, args):
-    """eqs. (4)-(7) for agent j in all runs: one minibatch, one step of critic, actor and targets. Returns
-    losses and mean Q, (3,)."""
-    where, theta = match.where, match.theta
-    now, after = sample(match.data, where, args.batch_size)
-    obs, obs_after = now[:, where["obs"]], after[:, where["obs"]]
-    action = [now[:, where[f"act{k}"]] for k in (0, 1)]
+    """eqs. (4)-(7) for agent j in all runs: one minibatch, one step of critic, actor and targets."""
+    kept = max(1, args.replay_buffer_capacity // args.max_episode_len)
+    now, after = sample(episodes(match, max(0, match.episode - kept)), args.batch_size)
+    action = [now["act0"], now["act1"]]
     # the critic's step
     with torch.no_grad():
-        next_q = match.q(theta[f"critic{j}_target"], j, obs_after, target_actions(match, j, after))
-        y = critic_target(now[:, where["reward"].start + j], now[:, where["done"].start], next_q, args.gamma)
-    flat = theta[f"critic{j}"].detach().requires_grad_()  # (R, P)
-    q_loss = critic_loss(match.q(flat, j, obs, action), y)
-    match.descend(f"critic{j}", q_loss, flat)
+        next_q = match.q(f"critic{j}_target", after, target_actions(match, j, after))
+        y = critic_target(now["reward"][..., j], now["done"], next_q, args.gamma)
+    q_loss = critic_loss(match.q(f"critic{j}", now, action), y)
+    match.descend(f"critic{j}", q_loss)
 
     # the actor's step; a guess has no gradient: phi learns from eq. (8) alone
-    x = now[:, where[f"obs{j}"]]  # (R, O_j, B)
-    x = torch.cat([x, now[:, where["guess"]]], 1) if j == match.lemol else x
-    flat = theta[f"actor{j}"].detach().requires_grad_()
-    logits = mlp(flat, match.sizes[f"actor{j}"], x)  # (R, A_j, B)
-    action[j] = gumbel_softmax(logits, gumbel(*logits.shape, device=x.device))
-    q = match.q(theta[f"critic{j}"], j, obs, action)  # (R, B)
+    x = now[f"obs{j}"]  # (R, B, O_j)
+    if j == match.lemol:
+        anew = match.om and not args.stored_guesses  # [D8]
+        guess = match.ask(now["z"]) if anew else now["guess"]
+        x = torch.cat([x, guess], -1)
+    logits = mlp(match.theta[f"actor{j}"], x)  # (R, B, A_j)
+    action[j] = gumbel_softmax(logits)
+    q = match.q(f"critic{j}", now, action)  # (R, B)
     pi_loss = actor_loss(q, logits)
-    match.descend(f"actor{j}", pi_loss, flat)
+    match.descend(f"actor{j}", pi_loss)
 
     # the targets follow
-    for name in (f"critic{j}", f"actor{j}"):
-        theta[f"{name}_target"].lerp_(theta[name], args.polyak)
-    return torch.stack([q_loss.mean(), pi_loss.mean(), q.mean()]).detach()
+    with torch.no_grad():
+        for name in (f"critic{j}", f"actor{j}"):
+            for target, p in zip(match.theta[f"{name}_target"], match.theta[name]):
+                target.lerp_(p, args.polyak)
+    means = {"losses/critic": q_loss, "losses/actor": pi_loss, "charts/q": q}
+    return {f"{name}_{j}": x.mean().item() for name, x in means.items()}
+
+
+def average(logs):
+    """The mean of each tag."""
+    return {tag: sum(log[tag] for log in logs) / len(logs) for tag in (logs[0] if logs else ())}
 
 
 def parts_of(x, match):
@@ -629,52 +614,47 @@ def parts_of(x, match):
 
 
 def train_models(match, args, run=None):
-    """eq. (8): J sweeps over M recorded runs; each chunk is one Adam step of each model, on the same data.
-    The state goes from chunk to chunk as a constant, so the first chunk alone trains h_0 and c_0. After
-    Ctrl-C it gives up: {}."""
+    """eq. (8): J sweeps over M recorded runs; each chunk is one Adam step. (h, c) goes from chunk to chunk as
+    a constant, so the first chunk alone trains h_0 and c_0. None after Ctrl-C."""
     runs = torch.cat(match.pool)  # (all runs so far, T, X + 1)
     size = args.chunk_length * args.max_episode_len  # steps of a chunk
-    losses = {name: [] for name in match.models}
+    losses = []
     for _ in range(args.om_training_iters):
-        picks = torch.randint(len(runs), (args.num_traj_to_train,)).tolist()
-        states = {name: om.start(len(picks)) for name, om in match.models.items()}
+        picks = torch.randint(len(runs), (args.num_traj_to_train,))
+        hc = {name: om.start(len(picks)) for name, om in match.models.items()}
         for t in range(0, runs.shape[1] - size + 1, size):  # an incomplete last chunk is dropped
             if run and run.interrupted:
-                return {}
-            x = torch.stack([runs[k, t : t + size] for k in picks]).to(args.device)  # (M, size, X + 1)
+                return None
+            x = runs[picks, t : t + size].to(args.device)  # (M, size, X + 1)
             events, obs, target, valid = parts_of(x, match)
             # one step of each model
+            loss = {}
             for name, om in match.models.items():
-                logp, state = om(events, obs, states[name])  # (M, size, A)
-                loss = model_loss(logp, target, valid)
-                match.adam[name].zero_grad()
-                loss.backward()
-                match.adam[name].step()
-                states[name] = state.detach()
-                losses[name].append(loss.detach())
-    for om in match.models.values():
-        om.zero_grad(set_to_none=True)
-    return {f"losses/{name}": torch.stack(v).mean() for name, v in losses.items()}
+                logp, after = om(events, obs, hc[name])  # (M, size, A)
+                loss[f"losses/{name}"] = model_loss(logp, target, valid)
+                hc[name] = after.detach()
+            match.adam["models"].zero_grad()
+            sum(loss.values()).backward()  # they share no weights
+            match.adam["models"].step()
+            losses.append({tag: x.item() for tag, x in loss.items()})
+    return average(losses)
 
 
 def record(match, rows):
-    """Add the next W episodes of each run, rows (R W, L + 1, D), to replay."""
-    rows = rows.unflatten(0, (match.runs, -1))  # (R, W, L + 1, D)
+    """Add the next W episodes of each run to replay."""
     first = match.episode
-    match.episode += rows.shape[1]
-    match.data[:, first : match.episode] = rows
+    match.episode += len(rows["done"]) // match.runs
+    for name, x in rows.items():
+        match.data[name][:, first : match.episode] = x.unflatten(0, (match.runs, -1))
 
 
 def begin_cycle(match, args, run=None):
     """Train the models on what is recorded [D3], then new players explore. None after Ctrl-C."""
-    logs = {}
-    if match.pool and match.models:
-        logs = train_models(match, args, run)
-        if not logs:
-            return None
-    match.restart()
-    env = make_env(args, match.runs * args.batch_size)
-    record(match, rollout(env, match, args))
+    logs = train_models(match, args, run) if match.pool and match.models else {}
+    if logs is not None:
+        match.restart()
+        env = make_env(args, match.runs * args.batch_size)
+        record(match, rollout(env, match, args))
     return logs
 
 
@@ -686,16 +666,15 @@ def play_segment(match, env, args):
     def update(t):
         tau = (match.episode - args.batch_size) * args.max_episode_len + t
         if tau % args.agent_update_freq == 0:
-            losses.append(torch.stack([learn(match, j, args) for j in (0, 1)]))  # (2, 3)
+            losses.append(learn(match, 0, args) | learn(match, 1, args))
 
     for _ in range(min(args.segment, args.num_episodes - match.episode)):
         rows = rollout(env, match, args, update)
         record(match, rows)
         if match.om:  # the episode enters the learning state
-            block = event_of(rows[:, :-1], match.where, match.lemol)[..., :-1]  # (R, L, X)
-            match.hc.copy_(match.om.advance(block, match.hc))
-    names = [f"{k}_{j}" for j in (0, 1) for k in ("losses/critic", "losses/actor", "charts/q")]
-    return dict(zip(names, torch.stack(losses).mean(0).flatten())) if losses else {}
+            block = event_of(rows, match.lemol)[..., :-1]  # (R, L, X)
+            match.hc = match.om.advance(block, match.hc)
+    return average(losses)
 
 
 def iterate(match, env, args, run=None):
@@ -705,7 +684,7 @@ def iterate(match, env, args, run=None):
     logs = play_segment(match, env, args) if first else begin_cycle(match, args, run)
     if logs is None:
         return None
-    returns = returns_of(match.data[:, first : match.episode], match.where).mean((0, 1))
+    returns = returns_of(episodes(match, first)).mean((0, 1))  # (2,)
     logs |= {f"charts/episodic_return/agent_{j}": returns[j] for j in (0, 1)}
     logs["charts/episodic_return"] = returns[match.lemol or 0]
     if match.episode == args.num_episodes:
@@ -714,18 +693,17 @@ def iterate(match, env, args, run=None):
 
 
 # ================================================================ 6. Evaluation
-# How good were the models while the opponent learned? They are asked on the runs of a cycle, which none has
-# seen yet, what they would guess at each step; the played model did guess so. And how good are the players
-# now? They play some episodes in which nobody learns, in own envs and an own random stream, so that
-# evaluating does not change what is learned.
+# How good were the models while the opponent learned? At the end of a cycle each is asked for its guesses at
+# every step of the new runs, which it has not seen yet. And how good are the players now? They play some
+# episodes without learning, in envs and a random stream apart, so that evaluating changes nothing.
 @torch.no_grad()
 def finish_cycle(match, args):
     """Hand the runs of a cycle over to the models, and note what it brought. -> {tag: value}"""
-    data = match.data[:, args.batch_size :]  # (R, E, L + 1, D), without the exploration
-    returns = returns_of(data, match.where).mean((0, 1))  # (2,)
+    data = episodes(match, args.batch_size)  # without the exploration
+    returns = returns_of(data).mean((0, 1))  # (2,)
     entry = {f"return_{j}": returns[j].item() for j in (0, 1)}
     if match.lemol is not None:
-        runs = event_of(data[:, :, :-1], match.where, match.lemol).flatten(1, 2)  # (R, T, X + 1)
+        runs = event_of(data, match.lemol).flatten(1, 2)  # (R, T, X + 1)
         match.pool.append(runs.cpu())
         for name, om in match.models.items():
             entry[f"{name}_ce"], entry[f"{name}_acc"] = recount(match, om, runs)
@@ -733,17 +711,15 @@ def finish_cycle(match, args):
     return {f"cycle/{name}": x for name, x in entry.items()}
 
 
-@torch.no_grad()
 def recount(match, om, runs):
     """Mean cross-entropy and accuracy of a model on recorded runs (R, T, X + 1)."""
-    hc, total = om.start(len(runs)), 0
-    for x in runs.split(100 * match.args.max_episode_len, 1):  # for the memory's sake
+    scores = []
+    for x in runs.split(1):  # one by one, for the memory's sake
         events, obs, target, valid = parts_of(x, match)
-        logp, hc = om(events, obs, hc)  # (R, T, A)
-        hit = logp.argmax(-1) == target.argmax(-1)
-        both = torch.stack([-(logp * target).sum(-1), hit])  # (2, R, T)
-        total = total + (both * valid).sum((1, 2))
-    return (total / runs[..., -1].sum()).tolist()
+        logp, _ = om(events, obs, om.start(1))  # (1, T, A)
+        hit = (logp.argmax(-1) == target.argmax(-1)) * valid
+        scores.append((model_loss(logp, target, valid), hit.sum() / valid.sum()))
+    return torch.tensor(scores).mean(0).tolist()
 
 
 @torch.no_grad()
@@ -752,28 +728,27 @@ def evaluate(match, args, env=None):
     with torch.random.fork_rng():
         torch.manual_seed((args.seed + 10_000) % 2**64)
         rows = rollout(env or make_env(args, match.runs * args.eval_episodes), match, args)
-    returns = returns_of(rows, match.where).view(match.runs, -1, 2).mean(1)  # (R, 2)
+    returns = returns_of(rows).view(match.runs, -1, 2).mean(1)  # (R, 2)
     half = 1.96 * returns.std(0, correction=min(1, match.runs - 1)) / math.sqrt(match.runs)
-    values = {}
+    values = {f"eval/cycle_{number}/{name}": x for number, entry in enumerate(match.history, 1)
+              for name, x in entry.items()}
     for j in (0, 1):
         values[f"eval/return_{j}"] = returns[:, j].mean().item()
         values[f"eval/return_{j}_ci95"] = half[j].item()
-    for number, entry in enumerate(match.history, 1):
-        values |= {f"eval/cycle_{number}/{name}": x for name, x in entry.items()}
     return values
 
 
-def table(values, match, args):
-    """Who got what in the end; returns and models in each cycle."""
-    lines = [f"{args.env}, {' : '.join(match.kinds)}, {match.runs} runs"]
+def report(values, match, args, folder, step):
+    """Print who got what in the end, and returns and models in each cycle. Write eval.json."""
+    print(f"{args.env}, {' : '.join(match.kinds)}, {match.runs} runs")
     for j in (0, 1):
-        mean, half = (values[f"eval/return_{j}{end}"] for end in ("", "_ci95"))
-        lines.append(f"return_{j} of the last policies: {mean:.2f} ± {half:.2f}")
+        mean, half = values[f"eval/return_{j}"], values[f"eval/return_{j}_ci95"]
+        print(f"return_{j} of the last policies: {mean:.2f} ± {half:.2f}")
     # om: the model that was played; ce: cross-entropy; acc: accuracy
     for name in match.history[0] if match.history else ():
         row = "".join(f"{entry[name]:9.3f}" for entry in match.history)
-        lines.append(f"{name:12s} in each cycle:{row}")
-    return "\n".join(lines)
+        print(f"{name:12s} in each cycle:{row}")
+    write_eval(folder, values | {"global_step": step, "seed": args.seed})
 
 
 # ================================================================ 7. Runs
@@ -878,12 +853,6 @@ class Run:
 
 
 # ================================================================ 8. Train
-def report(match, args, values, folder, step):
-    """Print the table of an evaluation and write eval.json."""
-    print(table(values, match, args))
-    write_eval(folder, values | {"global_step": step, "seed": args.seed})
-
-
 def train(args):
     check(args)
     torch.manual_seed(args.seed % 2**64)
@@ -896,7 +865,7 @@ def train(args):
         match.load(state)
         iteration, step = state["iteration"], state["step"]
     if args.evaluate:
-        report(match, args, evaluate(match, args), state["folder"], step)
+        report(evaluate(match, args), match, args, state["folder"], step)
         if args.capture_video:  # one episode of the last policies
             camera = envs.Camera(env)
             evaluate(match, args, camera)
@@ -924,7 +893,7 @@ def train(args):
             if stop or ended or iteration % args.save_every == 0:
                 run.save(step, iteration=iteration, **match.state())
         if done:
-            report(match, args, values, run.dir, step)
+            report(values, match, args, run.dir, step)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

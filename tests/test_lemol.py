@@ -1,7 +1,10 @@
 """The maths of lemol.py: opponent model, critics and worlds, by hand and by scripted learners."""
 
+import dataclasses
+import importlib
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import oracles.lemol as twin
@@ -34,6 +37,11 @@ def match(seed=1, iterations=0, **kw):
     return m, env, args
 
 
+def lines(m):
+    """{net: (R, P)}: the weights of each net of each run in a line."""
+    return {name: torch.cat([p.detach().flatten(1) for p in net], 1) for name, net in m.theta.items()}
+
+
 def model(kind="ep", obs=3, event=7, actions=4, length=5, H=6, U=4):
     torch.manual_seed(0)
     args = SimpleNamespace(max_episode_len=length, lstm_hidden_dim=H, in_ep_lstm_dim=U)
@@ -50,7 +58,7 @@ def test_parameter_counts_of_the_paper():
     assert count(om.head) == 10_693
     assert om.h0.numel() + om.u0.numel() == 192
     m, _, _ = match(num_units=64)
-    assert {k: v.shape[1] for k, v in m.theta.items() if "target" not in k} == {
+    assert {k: v.shape[1] for k, v in lines(m).items() if "target" not in k} == {
         "actor0": 5_381, "critic0": 6_657, "actor1": 5_765, "critic1": 6_657}
 
 
@@ -109,15 +117,16 @@ def test_what_is_guessed_in_play_is_what_training_would_guess(kw):
         m.hc.copy_(m.om.start(m.runs))
     for _ in range(2):
         logs, _ = lemol.iterate(m, env, args)
-    data = m.data[:, args.batch_size :, :-1]  # (R, E, L, D)
-    events, obs, target, valid = lemol.parts_of(lemol.event_of(data, m.where, m.lemol).flatten(1, 2), m)
+    data = lemol.episodes(m, args.batch_size)
+    events, obs, target, valid = lemol.parts_of(lemol.event_of(data, m.lemol).flatten(1, 2), m)
     with torch.no_grad():
         logp, _ = m.om(events, obs, m.om.start(m.runs))
-    guess = data[..., m.where["guess"]].flatten(1, 2)
-    wanted = torch.stack([*map(lemol.harden, logp)]) if args.discrete_actions else logp.exp()
+    guess = data["guess"][:, :, :-1].flatten(1, 2)
+    wanted = lemol.harden(logp) if args.discrete_actions else logp.exp()
     assert valid.sum() > 0 and torch.allclose(wanted * valid[..., None], guess * valid[..., None], atol=1e-5)
     # and so is what the cycle's end says of it
-    assert logs["cycle/om_ce"] == pytest.approx(lemol.model_loss(logp, target, valid).item(), abs=1e-5)
+    each = [lemol.model_loss(*run).item() for run in zip(logp, target, valid)]
+    assert logs["cycle/om_ce"] == pytest.approx(sum(each) / len(each), abs=1e-5)
 
 
 def scripted(n, num_obs, blocks, length, drift, batch, beta=4.0):
@@ -161,10 +170,10 @@ def test_soft_targets_are_fitted_down_to_the_entropy_of_their_mean():
     logits, om = torch.tensor([[2.0, 0, 0, 0, 0]]), model("ablated", actions=5)
     adam, obs = torch.optim.Adam(om.parameters(), 1e-2), torch.zeros(256, 5, 3)
     for _ in range(200):
-        action = gumbel_softmax(logits, gumbel(256, 5, 5), 2)
+        action = gumbel_softmax(logits, gumbel(256, 5, 5))
         loss = lemol.model_loss(om(None, obs, om.start(256))[0], action, torch.ones(256, 5))
         adam.zero_grad(), loss.backward(), adam.step()
-    action = gumbel_softmax(logits, gumbel(20_000, 1, 5), 2)
+    action = gumbel_softmax(logits, gumbel(20_000, 1, 5))
     logp = om(None, obs[:1], om.start(1))[0][:, :1].detach()
     ce = lemol.model_loss(logp.expand_as(action), action, torch.ones(20_000, 1))
     assert ce == pytest.approx(1.380, abs=0.02)
@@ -188,7 +197,7 @@ def test_what_the_oracles_and_the_uninformed_guess(discrete):
 
     def guess(om):
         m.args.om = om
-        return lemol.make_guess(m, None, truth, logits, None, None)[0]
+        return lemol.make_guess(m, None, truth, logits)
 
     noise = guess("uninformed")
     assert guess("oracle") is truth
@@ -204,30 +213,29 @@ def test_what_the_oracles_and_the_uninformed_guess(discrete):
 
 # ---------------------------------------------------------------- critics and actors
 def test_m3ddpg_goes_a_length_eps_down_a_linear_q():
-    w = torch.randn(3, 5, 1, dtype=torch.float64)
-    a = torch.rand(3, 5, 7, dtype=torch.float64)
+    w = torch.randn(3, 1, 5, dtype=torch.float64)
+    a = torch.rand(3, 7, 5, dtype=torch.float64)
     eps = torch.tensor([1e-3, 0.0, 0.5], dtype=torch.float64).view(3, 1, 1)
-    q_of = lambda x: (w * x).sum(1)
+    q_of = lambda x: (w * x).sum(2)
     change = q_of(lemol.adversary(q_of, a, eps)) - q_of(a)
-    assert torch.allclose(change, (-eps * w.norm(dim=1, keepdim=True))[:, 0].expand(3, 7), atol=1e-12)
+    assert torch.allclose(change, (-eps * w.norm(dim=2, keepdim=True))[..., 0].expand(3, 7), atol=1e-12)
 
 
 def test_m3ddpg_first_order_drop_of_a_random_critic():
     torch.manual_seed(0)
-    net, sizes = lemol.xavier(1, (37, 64, 64, 1)), (37, 64, 64, 1)
-    rest, a = torch.randn(1, 32, 1024), torch.rand(1, 5, 1024, requires_grad=True)
-    q_of = lambda x: lemol.mlp(net, sizes, torch.cat([rest, x], 1))[:, 0]
+    net = lemol.xavier(1, (37, 64, 64, 1))
+    rest, a = torch.randn(1, 1024, 32), torch.rand(1, 1024, 5, requires_grad=True)
+    q_of = lambda x: lemol.mlp(net, torch.cat([rest, x], 2))[..., 0]
     slope, = torch.autograd.grad(q_of(a).sum(), a)
-    worse = q_of(lemol.adversary(q_of, a, torch.full((1, 1, 1), 1e-3))) - q_of(a)
-    assert worse.mean().item() == pytest.approx(-1e-3 * slope.norm(dim=1).mean().item(), rel=0.02)
+    worse = q_of(lemol.adversary(q_of, a, 1e-3)) - q_of(a)
+    assert worse.mean().item() == pytest.approx(-1e-3 * slope.norm(dim=2).mean().item(), rel=0.02)
     assert (worse < 1e-7).all()
-    flat = lemol.adversary(lambda x: 0 * x.sum(1), a, torch.full((1, 1, 1), 1e-3))
-    assert torch.equal(flat, a)
+    assert torch.equal(lemol.adversary(lambda x: 0 * x.sum(2), a, 1e-3), a)
 
 
 def test_m3ddpg_with_eps_0_is_maddpg_and_its_released_actor_too():
     def weights(**kw):
-        return match(iterations=3, bad_policy="maddpg", **kw)[0].theta
+        return lines(match(iterations=3, **(dict(bad_policy="maddpg") | kw))[0])
 
     plain, none = weights(good_policy="maddpg"), weights(good_policy="mmmaddpg", adv_eps=0.0)
     code = weights(good_policy="mmmaddpg", adv_eps=0.5)
@@ -236,47 +244,61 @@ def test_m3ddpg_with_eps_0_is_maddpg_and_its_released_actor_too():
     assert not torch.equal(plain["actor1"], code["actor1"])  # through its critic
 
 
+def test_m3ddpg_has_another_eps_for_a_team_mate():
+    pair = dict(bad_policy="maddpg", good_policy="mmmaddpg", adv_eps=0.25, adv_eps_s=0.5)
+    assert match(**pair)[0].eps == 0.25 and match(env="simple_speaker_listener", **pair)[0].eps == 0.5
+
+
 def test_critic_target_by_hand(monkeypatch):
     m, _, args = match(iterations=2)
     monkeypatch.setattr(lemol, "gumbel", lambda *shape, device: torch.zeros(shape))
-    now, after = lemol.sample(m.data, m.where, 20)
-    obs = after[:, m.where["obs"]]
-    got = lemol.target_actions(m, 0, after)
-    q = m.q(m.theta["critic0_target"], 0, obs, got)
-    y = lemol.critic_target(now[:, m.where["reward"].start], now[:, m.where["done"].start], q, args.gamma)
+    now, after = lemol.sample(lemol.episodes(m, 0), 20)
+    reward, done = now["reward"][..., 0], now["done"]
+    q = m.q("critic0_target", after, lemol.target_actions(m, 0, after))
+    y = lemol.critic_target(reward, done, q, args.gamma)
     for r in range(m.runs):
-        net = lambda name, x, r=r: by_hand(m.theta[name][r], m.sizes[name.replace("_target", "")], x)
         for b in range(20):
-            o0, o1 = after[r, :8, b], after[r, 8:27, b]
-            other = net("actor1_target", o1).softmax(0)
-            mine = net("actor0_target", torch.cat([o0, other])).softmax(0)
-            seen = torch.cat([o0, o1, mine, other])
-            d, reward = now[r, m.where["done"].start, b], now[r, m.where["reward"].start, b]
-            want = reward + 0.95 * (1 - d) * net("critic0_target", seen)[0]
-            assert y[r, b] == pytest.approx(want.item(), abs=1e-5)
-    done = now[:, m.where["done"].start] == 1
-    assert done.any() and torch.equal(y[done], now[:, m.where["reward"].start][done])
+            o0, o1 = after["obs0"][r, b], after["obs1"][r, b]
+            other = by_hand(m.theta["actor1_target"], r, o1).softmax(0)
+            mine = by_hand(m.theta["actor0_target"], r, torch.cat([o0, other])).softmax(0)
+            value = by_hand(m.theta["critic0_target"], r, torch.cat([o0, o1, mine, other]))[0]
+            assert y[r, b] == pytest.approx((reward[r, b] + 0.95 * (1 - done[r, b]) * value).item(), abs=1e-5)
+    assert (done == 1).any() and torch.equal(y[done == 1], reward[done == 1])
 
 
-def by_hand(flat, sizes, x):
-    """A network from its line of numbers."""
-    at = 0
-    for k, (n, m) in enumerate(zip(sizes[:-1], sizes[1:])):
-        w, b = flat[at : at + n * m].view(m, n), flat[at + n * m : at + n * m + m]
-        x, at = w @ x + b, at + n * m + m
-        x = x.relu() if k + 2 < len(sizes) else x
+def by_hand(net, r, x):
+    """The net of run r on one input."""
+    for k in (0, 2, 4):
+        x = (x[:, None] * net[k][r]).sum(0) + net[k + 1][r, 0]
+        x = x.clamp(min=0) if k < 4 else x
     return x
 
 
+def test_the_actor_reads_guesses_made_anew_with_the_present_h():
+    """After some episodes the present h would guess otherwise than was guessed in play."""
+    new, old = (match(iterations=2, stored_guesses=stored)[0] for stored in (False, True))
+    assert not torch.equal(lines(new)["actor0"], lines(old)["actor0"])
+    for m in (new, old):
+        first = lemol.episodes(m, m.args.batch_size)
+        z, guess = (first[name][:, 0, :-1] for name in ("z", "guess"))  # of the first one after exploration
+        m.hc = m.om.start(m.runs)
+        assert torch.allclose(m.ask(z), guess, atol=1e-6)
+        m.hc = m.hc + 1
+        assert not torch.allclose(m.ask(z), guess, atol=1e-3)
+
+
 def test_clipping_is_by_run_and_tensor():
-    sizes = (2, 3, 1)
-    counts = [6, 3, 3, 1]
-    grad = torch.randn(2, 13) * torch.tensor([[10.0], [0.01]])
-    out = lemol.clip_each(grad, sizes)
-    assert torch.allclose(out[1], grad[1])
-    for a, b in zip(out[0].split(counts), grad[0].split(counts)):
-        assert torch.allclose(a, b * min(1, 0.5 / b.norm().item()), atol=1e-6)
-    assert lemol.xavier(2, sizes).shape == (2, 13)
+    grad = torch.randn(2, 3, 4) * torch.tensor([10.0, 0.01]).view(2, 1, 1)
+    out = lemol.clip(grad)
+    assert torch.equal(out[1], grad[1])
+    assert torch.allclose(out[0], grad[0] * 0.5 / grad[0].square().sum().sqrt())
+    shapes = [tuple(p.shape) for p in lemol.xavier(2, (2, 3, 1))]
+    assert shapes == [(2, 2, 3), (2, 1, 3), (2, 3, 1), (2, 1, 1)]
+
+
+def first_rows(valid, number):
+    """The index of the valid row of that number: (R, n), (R, B) -> (R, B)"""
+    return torch.stack([v.nonzero()[:, 0][k] for v, k in zip(valid, number)])
 
 
 def test_stacked_runs_are_separate_runs(monkeypatch):
@@ -285,17 +307,19 @@ def test_stacked_runs_are_separate_runs(monkeypatch):
     pieces = []
     for r in range(3):
         one, _, one_args = match(iterations=0, traj_per_iter=1, good_policy="maddpg", lr=0.1)
-        for k in one.theta:
-            one.theta[k].copy_(m.theta[k][r : r + 1])
-        one.data.copy_(m.data[r : r + 1])
+        for name, x in one.tensors().items():  # players and replay; all have the same models
+            x.copy_(m.tensors()[name][r : r + 1] if x.shape != m.tensors()[name].shape else x)
+        one.episode, one.hc = m.episode, m.hc[:, r : r + 1]
         for k in one.sizes:  # nothing of the past in the optimisers
             one.adam[k].state.clear(), m.adam[k].state.clear()
         pieces.append((one, one_args))
-    m.data[..., m.where["reward"]] *= 50  # gradients above the clipping norm
+    m.data["reward"] *= 50  # gradients above the clipping norm
     for one, _ in pieces:
-        one.data[..., m.where["reward"]] *= 50
+        one.data["reward"] *= 50
     draws, true_rand = {}, torch.rand
     monkeypatch.setattr(torch, "rand", lambda *s: draws["next"](s[0] if len(s) == 1 else s))
+    picks = lambda x, n, **_: (draws["next"]((len(x), n)) * x.sum(1, keepdim=True)).long()
+    monkeypatch.setattr(torch, "multinomial", lambda x, n, **kw: first_rows(x, picks(x, n)))
     for step in range(20):
         def of_runs(shape, runs, step=step):
             """Random numbers that belong to a run, whoever asks."""
@@ -310,28 +334,29 @@ def test_stacked_runs_are_separate_runs(monkeypatch):
             for r, (one, one_args) in enumerate(pieces):
                 draws.update(count=0, next=lambda s, r=r, of_runs=of_runs: of_runs(s, [r]))
                 lemol.learn(one, j, one_args)
-    for k in m.theta:
-        for r, (one, _) in enumerate(pieces):
-            assert torch.allclose(m.theta[k][r], one.theta[k][0], atol=1e-4, rtol=1e-4), k
+    for r, (one, _) in enumerate(pieces):
+        for k, weights in lines(one).items():
+            assert torch.allclose(lines(m)[k][r], weights[0], atol=1e-4, rtol=1e-4), k
 
 
 def test_targets_follow_and_start_where_they_should():
     m, _, args = match(polyak=1e-4)
     m.restart()
-    assert all(torch.equal(m.theta[k], m.theta[f"{k}_target"]) for k in m.sizes)
+    assert all(torch.equal(lines(m)[k], lines(m)[f"{k}_target"]) for k in m.sizes)
     target, online = torch.zeros(1), torch.ones(1)
     for _ in range(10_000):
         target.lerp_(online, 1e-4)
     assert target.item() == pytest.approx(0.632139, abs=1e-3)
     m.episode = args.num_episodes
     lemol.iterate(m, lemol.make_env(args, 2), args)
-    before = {k: v.clone() for k, v in m.theta.items()}
+    before = lines(m)
     lemol.learn(m, 0, args)
+    after = lines(m)
     for k in ("actor0", "critic0"):
-        want = (1 - 1e-4) * before[f"{k}_target"] + 1e-4 * m.theta[k]
-        assert torch.allclose(m.theta[f"{k}_target"], want, atol=1e-7)
-        assert not torch.equal(before[k], m.theta[k])
-    assert all(torch.equal(before[k], m.theta[k]) for k in before if "1" in k)
+        want = (1 - 1e-4) * before[f"{k}_target"] + 1e-4 * after[k]
+        assert torch.allclose(after[f"{k}_target"], want, atol=1e-7)
+        assert not torch.equal(before[k], after[k])
+    assert all(torch.equal(before[k], after[k]) for k in before if "1" in k)
 
 
 # ---------------------------------------------------------------- play
@@ -342,62 +367,65 @@ def test_no_gradient_crosses_between_model_and_players():
     assert all(p.grad is None for p in m.om.parameters())
     assert all(map(torch.equal, before, m.om.parameters()))  # frozen while they play
     assert m.episode == args.num_episodes
-    players = {k: v.clone() for k, v in m.theta.items()}
+    players = lines(m)
     logs = lemol.train_models(m, args)
-    assert all(torch.equal(players[k], m.theta[k]) for k in players)
+    assert all(torch.equal(players[k], v) for k, v in lines(m).items())
     assert not any(map(torch.equal, before, m.om.parameters())) and len(logs) == 2
     lemol.iterate(m, env, args)
-    assert not any(torch.equal(players[k], m.theta[k]) for k in ("actor0", "critic0", "actor1", "critic1"))
+    assert not any(torch.equal(players[k], v) for k, v in lines(m).items())
     assert not any(m.adam[k].state for k in m.sizes)  # the next cycle's players are new
 
 
 def test_replay_successor_is_the_next_row():
     m, env, args = match(iterations=2)
-    where, L = m.where, args.max_episode_len
-    now, after = lemol.sample(m.data, m.where, 2000)
-    data = m.data[:, : m.episode]
-    assert m.episode == 7 and m.data[..., where["valid"]].sum((1, 2, 3)).tolist() == [7 * L] * 2
-    ends = (torch.arange(L) == L - 1).float().expand(2, 7, L)
-    assert torch.equal(data[:, :, :L, where["done"]][..., 0], ends)
-    last = now[:, where["done"].start] == 1
+    L, data = args.max_episode_len, lemol.episodes(m, 0)
+    now, after = lemol.sample(data, 2000)
+    assert m.episode == 7 and data["valid"].sum((1, 2)).tolist() == [7 * L] * 2
+    assert torch.equal(data["done"][:, :, :L], (torch.arange(L) == L - 1).float().expand(2, 7, L))
+    assert (now["done"] == 1).any()
     # x <- x + 0.1 v', own velocity first in the observation: the successor's explains how the landmarks move
-    for r in range(2):
-        moved = now[r, 2:4] - after[r, 2:4]
-        assert torch.allclose(moved, 0.1 * after[r, :2], atol=1e-5)
-    assert last.any()
+    moved = now["obs0"][..., 2:4] - after["obs0"][..., 2:4]
+    assert torch.allclose(moved, 0.1 * after["obs0"][..., :2], atol=1e-5)
 
 
 def test_early_ends_are_masked():
     m, *_ = match(iterations=3, env="uav", discrete_actions=True, max_episode_len=8,
-                 agent_update_freq=8, num_episodes=30, batch_size=20, segment=5)
-    where, L = m.where, 8
-    data = m.data[:, : m.episode, :L]
-    done, valid = data[..., where["done"]][..., 0], data[..., where["valid"]][..., 0]
+                  agent_update_freq=8, num_episodes=30, batch_size=20, segment=5)
+    data = lemol.episodes(m, 0)
+    done, valid = data["done"][..., :-1], data["valid"][..., :-1]
     assert torch.equal(valid[..., 1:], valid[..., :-1] * (1 - done[..., :-1])) and (valid[..., 0] == 1).all()
     assert 0 < valid.mean() < 1
-    now, _ = lemol.sample(m.data, m.where, 500)
-    assert (now[:, where["valid"]] == 1).all()
-    event = lemol.event_of(data, where, m.lemol)
+    now, _ = lemol.sample(data, 500)
+    assert (now["valid"] == 1).all()
+    event = lemol.event_of(data, m.lemol)
     assert (event[valid == 0] == 0).all() and (event[valid == 1][:, -1] == 1).all()
+
+
+def test_replay_holds_the_latest_steps(monkeypatch):
+    m, _, args = match(iterations=2, replay_buffer_capacity=2 * 5)
+    true_sample, seen = lemol.sample, []
+    monkeypatch.setattr(lemol, "sample", lambda data, n: seen.append(data) or true_sample(data, n))
+    lemol.learn(m, 0, args)
+    assert torch.equal(seen[0]["obs0"], m.data["obs0"][:, m.episode - 2 : m.episode])
 
 
 @pytest.mark.parametrize("kw", [
     dict(om="oracle"), dict(om="policy"), dict(om="uninformed"), dict(bad_policy="maddpg")])
 def test_every_kind_of_run_trains(kw):
     m, env, args = match(iterations=2, **kw)
-    first = {k: v.clone() for k, v in m.theta.items()}
+    first = lines(m)
     logs = [lemol.iterate(m, env, args)[0] for _ in range(3)]  # over the end of a cycle
-    assert not any(torch.equal(first[k], m.theta[k]) for k in first)
+    assert not any(torch.equal(first[k], v) for k, v in lines(m).items())
     assert all(math.isfinite(float(v)) for log in logs for v in log.values())
 
 
 def test_replay_rows_are_drawn_uniformly_among_the_valid_ones():
     valid = torch.tensor([[[1.0, 1, 0], [1, 0, 0]], [[1, 1, 0], [1, 1, 0]]])  # (R, E, L + 1)
-    data = torch.stack([torch.arange(12.0).view(2, 2, 3), valid], 3)
-    now, after = (x[:, :1] for x in lemol.sample(data, dict(valid=slice(1, 2)), 30_000))
-    assert torch.equal(after, now + 1)
+    number = torch.arange(12.0).view(2, 2, 3)
+    now, after = lemol.sample(dict(valid=valid, obs0=number, obs1=number), 30_000)
+    assert torch.equal(after["obs1"], now["obs1"] + 1)
     for r, rows in enumerate(([0, 1, 3], [6, 7, 9, 10])):
-        found, counts = now[r, 0].unique(return_counts=True)
+        found, counts = now["obs0"][r].unique(return_counts=True)
         assert found.tolist() == rows and (counts / 30_000 - 1 / len(rows)).abs().max() < 0.02
 
 
@@ -407,45 +435,82 @@ def test_ctrl_c_ends_the_training_of_the_models_at_the_next_chunk():
     assert lemol.iterate(m, env, args, SimpleNamespace(interrupted=True)) is None
 
 
+def test_defenders_with_equal_memory(monkeypatch):
+    """compare_lemol.py: the models do not read the memory, and only one defender is told what is hidden."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmark")
+    compare_lemol = importlib.import_module("compare_lemol")
+    m, env, args = match(env="uav", discrete_actions=True, bad_policy="maddpg", good_policy="lemol")
+    O, A, L = 12, 9, args.max_episode_len
+    wide = OpponentModel("ep", O + 5, A + O + 5 + 7, A, args)
+    state = compare_lemol.widened(m.models.state_dict(), "ep", O, A, 5)
+    wide.load_state_dict({name[3:]: x for name, x in state.items() if name.startswith("om.")})
+    act, obs, junk, rest = (torch.randn(2, 2 * L, n) for n in (A, O, 5, 7))
+    logp, _ = m.om(torch.cat([act, obs, rest], 2), obs, m.om.start(2))
+    obs = torch.cat([obs, junk], 2)
+    assert torch.allclose(wide(torch.cat([act, obs, rest], 2), obs, wide.start(2))[0], logp, atol=1e-5)
+    for told in (False, True):
+        seen = compare_lemol.Remember(env, 1, m.models["ablated"], told)
+        hidden = seen.reset()[1][:, -6:]
+        assert hidden.sum() == told * 2 * len(hidden) and seen.obs_dims[1] == len(seen.reset()[1][0])
+
+
+def test_the_released_options_have_their_names_here():
+    readme = (Path(__file__).parents[1] / "benchmark" / "README.md").read_text()
+    text = readme.split("| released | here | remark |\n|---|---|---|\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    listed = """
+        scenario max-episode-len num-episodes num-adversaries good-policy bad-policy discrete-actions lr gamma
+        batch-size num-units adv-eps adv-eps-s agent-update-freq polyak replay-buffer-capacity omlr
+        lstm-hidden-dim lemol-save-path chunk-length num-traj-to-train traj-per-iter om-training-iters
+        n-opp-cycles""".split()
+    assert {f"`--{name}`" for name in listed} <= {row[0] for row in rows}
+    ours = {f"`--{field.name.replace('_', '-')}`" for field in dataclasses.fields(lemol.Args)}
+    for _, here, remark in rows:
+        assert here in ours or here == "none" and len(remark) > 20, here
+
+
 # ---------------------------------------------------------------- the algorithm the obvious way
 WHOLE = dict(num_units=64, lstm_hidden_dim=64, in_ep_lstm_dim=32, traj_per_iter=1)  # the twin's sizes
 
 
 def test_the_twin_has_the_same_gradients(monkeypatch):
     """Both critics and actors, on the same rows of replay, without noise."""
-    m, env, args = match(iterations=2, polyak=0.0, **WHOLE)
+    m, env, args = match(iterations=2, polyak=0.0, stored_guesses=True, **WHOLE)
     agents = [twin.Agent(i, env.obs_dims, env.action_dims, i == 0) for i in (0, 1)]
-    rows = m.data[0, : m.episode]
-    now, after = rows[:, :-1].flatten(0, 1), rows[:, 1:].flatten(0, 1)  # (n, D)
+    rows = {name: x[0] for name, x in lemol.episodes(m, 0).items()}  # (E, L + 1, .)
+    now = {name: x[:, :-1].flatten(0, 1) for name, x in rows.items()}  # (n, .)
+    after = {name: rows[name][:, 1:].flatten(0, 1) for name in ("obs0", "obs1")}
+    count = len(now["done"])
     for i, agent in enumerate(agents):
         for name in ("actor", "critic"):
-            weights = torch.cat([p.detach().flatten() for p in getattr(agent, name).parameters()])
-            m.theta[f"{name}{i}"][0] = m.theta[f"{name}{i}_target"][0] = weights
-        columns = [now[:, m.where[f"obs{i}"]], now[:, m.where[f"act{i}"]], now[:, m.where["reward"]][:, i],
-                   after[:, m.where[f"obs{i}"]], now[:, m.where["done"]][:, 0]]
-        for row in zip(*columns, *[now[:, m.where["guess"]]] * (i == 0)):
+            for k, p in enumerate(getattr(agent, name).parameters()):
+                for end in ("", "_target"):  # theirs are (out, in)
+                    m.theta[f"{name}{i}{end}"][k].data[0] = p.detach().mT if k % 2 == 0 else p.detach()
+        columns = [now[f"obs{i}"], now[f"act{i}"], now["reward"][:, i], after[f"obs{i}"], now["done"]]
+        for row in zip(*columns, *[now["guess"]] * (i == 0)):
             agent.buffer.add(*(x.numpy() for x in row))
-    found, order = [], iter([*range(len(now))] * 2)
+    found, order = [], iter([*range(count)] * 2)
 
     def step(net, adam, loss):
         adam.zero_grad()
         loss.backward()
         for p in net.parameters():
             torch.nn.utils.clip_grad_norm_(p, 0.5)
-        found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        found.append(torch.cat([(p.grad.mT if p.dim() == 2 else p.grad).flatten() for p in net.parameters()]))
 
     monkeypatch.setattr(twin, "step", step)
     monkeypatch.setattr(twin, "sample", lambda logits: logits.softmax(-1))
     monkeypatch.setattr(random, "randint", lambda low, high: next(order))
     monkeypatch.setattr(lemol, "gumbel", lambda *shape, device: torch.zeros(shape))
-    monkeypatch.setattr(lemol, "sample", lambda *_: [x.T[None].contiguous() for x in (now, after)])
+    batch = [{name: x[None] for name, x in part.items()} for part in (now, after)]
+    monkeypatch.setattr(lemol, "sample", lambda *_: batch)
     for adam in m.adam.values():
         monkeypatch.setattr(adam, "step", lambda: None)
     for i in (0, 1):
-        twin.update(agents, i, len(now))
+        twin.update(agents, i, count)
         lemol.learn(m, i, args)
     for name, theirs in zip(("critic0", "actor0", "critic1", "actor1"), found, strict=True):
-        ours = m.theta[name].grad[0]
+        ours = torch.cat([p.grad[0].flatten() for p in m.theta[name]])
         assert (ours - theirs).norm() < 1e-4 * theirs.norm(), name
 
 
@@ -462,7 +527,8 @@ def test_the_twin_has_the_same_opponent_model():
         hc = m.om.advance(run[:, :5], hc)
         assert torch.allclose(torch.cat(state), hc, atol=1e-6)
         guess, _ = om.predict(run[0, 5, 5:13], state, (om.u0[:1], om.u0[1:]))
-        assert torch.allclose(guess, m.om.predict(run[:, 5, 5:13], hc[0], u)[0].exp(), atol=1e-6)
+        z, _ = lemol.unroll(m.om.episode, run[:, 5:6, 5:13], u)
+        assert torch.allclose(guess, m.om.guess(z[:, 0], hc[0]).exp(), atol=1e-6)
     lemol.train_models(m, args)
     twin.train_model(om, torch.optim.Adam(om.parameters(), args.omlr), [run[0]], 10, 5, rounds=1)
     theirs = om.state_dict()

@@ -1,8 +1,8 @@
 """
 LeMOL the obvious way, for tests and speed.py: one learning run, one env, one network at a time, autograd
 modules, a replay buffer that is a list of tuples, and a call for everything in every step, as public
-implementations have it. The algorithm is that of lemol.py with --om ep: play, targets, losses, clipping,
-model training.
+implementations have it. The algorithm is that of lemol.py with --om ep --stored-guesses: play, targets,
+losses, clipping, model training.
 
   python tests/oracles/lemol.py       environment steps per second, updates included, at the paper's sizes
 """
