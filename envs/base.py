@@ -101,8 +101,8 @@ class FiniteTasks:
 
     def sample_tasks(self, n, split="train"):
         """(n, D): rows of all_tasks(split), drawn uniformly and independently."""
-        tasks = self.all_tasks(split)
-        return tasks[torch.randint(len(tasks), (n,))]
+        self.check_split(split)
+        return self.tensor(self.tasks[split][torch.randint(len(self.tasks[split]), (n,)).numpy()])
 
 
 def uniform_tasks(n, low, high, split):
