@@ -1,7 +1,7 @@
 """
 How fast each script is beside its oracle in tests/oracles/, and beside live peers that do the same work.
 
-  python benchmark/speed.py                   all cases: two minutes of a core
+  python benchmark/speed.py                   all cases: some minutes of a core
   python benchmark/speed.py spread Ant        the cases whose names hold one of these words
   python benchmark/speed.py --quick           tiny sizes: does everything still work
   python benchmark/speed.py --save            all cases, and write benchmark/results/speed.csv
