@@ -1,7 +1,7 @@
 """
 How fast each script is beside its oracle in tests/oracles/, and beside live peers that do the same work.
 
-  python benchmark/speed.py                   all cases: two minutes of a core
+  python benchmark/speed.py                   all cases: some minutes of a core
   python benchmark/speed.py spread Ant        the cases whose names hold one of these words
   python benchmark/speed.py --quick           tiny sizes: does everything still work
   python benchmark/speed.py --save            all cases, and write benchmark/results/speed.csv
@@ -232,7 +232,7 @@ CASES = [  # name, unit, function, its arguments
     ("meta_mapg, ipd, LSTM, 8 chains", "chain", meta_mapg,
      dict(num_chains=8, chain_length=3, num_episodes=64, horizon=50)),
     ("maml_rl, nav2d", "iteration", maml_rl, dict(num_tasks=10)),
-    ("tesp, wheeled", "task", tesp, dict(horizon=100)),
+    ("tesp, wheeled, 5 tasks", "task", tesp, dict(num_tasks=5, num_episodes=10, horizon=100)),
     ("coded_maddpg, spread, M = 3", "update", coded_maddpg, dict(num_agents=3, batch_size=1024)),
     ("coded_maddpg, spread, M = 8", "update", coded_maddpg, dict(num_agents=8, batch_size=1024)),
     ("lemol, simple_push, 8 runs", "episode", lemol, dict(batch_size=128, segment=10)),
