@@ -67,7 +67,7 @@ def measure_training(case):
 
     import coded_maddpg as m
 
-    args = m.Args(env="simple_spread", num_agents=case["agents"], num_threads=case["threads"])
+    args = m.Args(num_agents=case["agents"], num_envs=case["worlds"], num_threads=case["threads"])
     torch.set_num_threads(args.num_threads)
     env = m.make_env(args, args.num_envs)
     spec = m.make_spec(args, env)

@@ -19,7 +19,6 @@ import argparse
 import datetime
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -56,9 +55,9 @@ BARS = {  # (world, t_s, stragglers): {M: [centralised, three bars for each of S
 
 
 def mean_time(C, k, work, delay):
-    """eq. (13) over draws of the stragglers; a scheme uses its best: k of the learners that have work."""
-    k = min(k, np.count_nonzero(C.any(1)))
-    return float(np.mean([c.arrivals(C, c.slow_ones(C, 1, t, k), work, delay)[1] for t in range(DRAWS)]))
+    """eq. (13) over draws of the stragglers, k of the learners that have work."""
+    args = c.Args(num_stragglers=min(k, len(C)), agent_seconds=work, straggler_delay=delay)
+    return float(np.mean([c.arrivals(C, c.holds(C, t, args))[1] for t in range(DRAWS)]))
 
 
 def matrix(scheme, M):
@@ -95,12 +94,12 @@ def measure(scheme, M, k, updates):
     env = c.make_env(args, args.num_envs)
     spec = c.make_spec(args, env)
     nets, replay = c.make_nets(spec, "cpu"), c.Replay(args, spec)
-    replay.append(c.rollout(env, spec, nets["actor"], (1, 1, c.PLAY)))
+    replay.append(c.rollout(env, spec, nets["actor"], (1, 1, c.PLAY))[0])
     engine, times = c.make_engine(args, spec), []
     for t in range(1, updates + 3):
         job = c.make_job(spec, nets, replay.sample(1, t, args.batch_size), t)
         begin = time.perf_counter()
-        engine.solve(t, job, SimpleNamespace(interrupted=False))
+        engine.solve(t, job)
         times.append(time.perf_counter() - begin)
     engine.close()
     return times[2:]  # learners have started
