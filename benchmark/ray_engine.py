@@ -5,8 +5,8 @@ the script's.
   python benchmark/ray_engine.py --env simple_spread --num-learners 15          # here
   RAY_ADDRESS=host:port python benchmark/ray_engine.py --num-learners 15        # on a cluster
 
-Nodes join a cluster by `ray start --address host:port`; they need what requirements.txt lists, and envs/ on
-their PYTHONPATH.
+Nodes join a cluster by `ray start --address host:port`; they need what requirements.txt lists, and not this
+repository.
 """
 
 import os
@@ -35,8 +35,8 @@ class RayLearners(c.Learners):
                 ray.init(address, log_to_driver=False, logging_level="CRITICAL")
         except Exception as error:
             c.fail(f"no Ray: {type(error).__name__}: {error}")
-        for module in (c, sys.modules[__name__]):
-            if module.__name__ != "__main__":  # which always travels by value
+        for module in (c, c.envs, sys.modules[__name__]):  # this code travels; nodes need none of it
+            if module.__name__ != "__main__":  # which travels anyway
                 ray.cloudpickle.register_pickle_by_value(module)
         options = dict(num_cpus=0.1, max_concurrency=2, scheduling_strategy="SPREAD")
         self.ray, self.Actor = ray, ray.remote(**options)(RemoteLearner)
