@@ -73,7 +73,8 @@ def table(columns, digits, rows):
         result = Result(name)
         minutes = statistics.mean(map(float, result.meta["minutes"].split()))
         steps = next(iter(result.final.values()))["global_step"] / 1e6
-        numbers = [write(result.number(prefix + tag), digits) for tag in columns.values()]
+        around = prefix if "{}" in prefix else prefix + "{}"
+        numbers = [write(result.number(around.format(tag)), digits) for tag in columns.values()]
         lines.append([setting, method, *numbers, paper, len(result.final), f"{steps:.1f}", f"{minutes:.1f}",
                       result.meta["commit"].split()[0][:7]])
     commands = ", ".join(sorted({f"`{Result(row[2]).meta['command']}`" for row in rows}))

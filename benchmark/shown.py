@@ -2,9 +2,9 @@
 What benchmark/plot.py shows of results/: the rows of each script's table, the lines of each figure, and the
 papers' numbers beside them.
 
-A table is (columns {head: tag}, digits, rows); a row (setting, method, result, prefix of its tags, the
-paper's numbers as text). A figure is a list of panels (title, x label, y label, lines, papers), as
-plot.figure() says.
+A table is (columns {head: tag}, digits, rows); a row (setting, method, result, prefix of its tags or, with
+{}, what is around them, the paper's numbers as text). A figure is a list of panels (title, x label, y label,
+lines, papers), as plot.figure() says.
 """
 
 # ---------------------------------------------------------------- Meta-MAPG
@@ -90,12 +90,14 @@ UPDATES = {"warm-up": "test/return_warmup"} | {f"{k} updates": f"test/return_{k}
 # ---------------------------------------------------------------- Coded MADDPG
 coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/", ""),
               ("spread, M = 3", "MADDPG, the default now", "coded_maddpg-simple_spread-500k", "eval/", "")]
-for world in ("adversary", "push", "tag"):
-    coded_rows.append((f"{world}, M = 3", "MADDPG",
-                       f"coded_maddpg-simple_{world}-total-steps-500000-num-agents-3", "eval/", ""))
-for world in ("push", "tag"):
-    coded_rows.append((f"{world}, M = 8", "MADDPG",
-                       f"coded_maddpg-simple_{world}-total-steps-400000-num-agents-8", "eval/", ""))
+# A sum over opponents measures nothing: one of each side, against the learned other side. The random policy
+# meets a random other side.
+for world, M, steps in [("adversary", 3, 500_000), ("push", 3, 500_000), ("tag", 3, 500_000),
+                        ("push", 8, 400_000), ("tag", 8, 400_000)]:
+    for side, i in ("an adversary", 0), ("a good agent", M - 1):
+        coded_rows.append((f"{world}, M = {M}", f"MADDPG, {side}",
+                           f"coded_maddpg-simple_{world}-total-steps-{steps}-num-agents-{M}",
+                           f"eval/{{}}/agent_{i}", ""))
 coded_rows.append(
     ("spread, M = 3, 15 learners, 4 stragglers", "sparse MDS code",
      "coded_maddpg-simple_spread-total-steps-200000-num-learners-15-engine-inline-num-stragglers-4",
@@ -121,7 +123,7 @@ TABLES = {
                    "sum from φ_1": "sum_after_phi_0"}, 2, mapg_rows),
     "maml_rl": (STEPS, 1, maml_rows),
     "tesp": (UPDATES | {"D, last": "train/return_3", "D'', last": "test2/return_3"}, 1, tesp_rows),
-    "coded_maddpg": ({"return, all agents": "return", "random policy": "random/return"}, 1, coded_rows),
+    "coded_maddpg": ({"return": "return", "random policy": "random/return"}, 1, coded_rows),
     "lemol": ({"return": "return_0", "opponent's": "return_1", "cross-entropy": "om_ce",
                "ablated": "ablated_ce"}, 2, lemol_rows),
     "mg2l": ({"prior": "return_0", "after 8 episodes": "return_8", "z^i tells the task": "accuracy_zi_8"}, 2,

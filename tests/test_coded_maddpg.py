@@ -435,20 +435,36 @@ def test_a_program_without_the_guard_gets_one_line(tmp_path):
     assert done.returncode == 1 and "__name__" in done.stderr and len(done.stderr.splitlines()) < 4
 
 
+@pytest.mark.slow
+def test_killed_actors_on_ray_give_the_centralised_trajectory(monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.syspath_prepend(Path(c.__file__).parent / "benchmark")
+    monkeypatch.setattr(c, "Learners", __import__("ray_engine").RayLearners)
+
+    def during(engine, t):
+        if t in (3, 5):
+            ray.kill(engine.process[t])
+
+    engines = []
+    assert same(trajectory(8), trajectory(8, lambda e, t: (engines.append(e), during(e, t)), num_learners=6))
+    assert engines[0].restarts > 0
+    ray.shutdown()
+
+
 # ---------------------------------------------------------------- policies elsewhere
 def test_a_trained_policy_returns_the_same_in_mpe2(tmp_path):
     mpe2 = pytest.importorskip("mpe2")
     from envs.adapters import from_pettingzoo
 
-    args = c.Args(num_units=32, batch_size=256, total_steps=60_000, learning_starts=4000, update_every=50,
-                  eval_every=0, run_dir=str(tmp_path / "r"))
-    c.train(args)
+    args = c.Args(num_agents=2, num_units=32, batch_size=256, total_steps=25_000, learning_starts=4000,
+                  update_every=40, eval_every=0, eval_episodes=50, run_dir=str(tmp_path / "r"))
+    c.train(args)  # -26; at random -40
     actor, raw, start = c.load(tmp_path / "r")["nets"]["actor"], [], {}
     env = c.make_env(args, 30)
     spec = c.make_spec(args, env)
 
     def make():
-        raw.append(mpe2.simple_spread_v3.parallel_env(continuous_actions=True))
+        raw.append(mpe2.simple_spread_v3.parallel_env(N=2, continuous_actions=True))
         return raw[-1]
 
     foreign = from_pettingzoo(make, 30)
@@ -464,4 +480,4 @@ def test_a_trained_policy_returns_the_same_in_mpe2(tmp_path):
     theirs = c.rollout(foreign, spec, actor, key)[1]
     ours = c.rollout(env, spec, actor, key)[1]
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-3)  # each agent in each episode
-    assert ours.sum(1).mean() > c.rollout(env, spec, 0 * actor, key)[1].sum(1).mean() + 5
+    assert ours.sum(1).mean() > c.rollout(env, spec, 0 * actor, key)[1].sum(1).mean() + 8
