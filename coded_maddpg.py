@@ -22,7 +22,7 @@ Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor 
              Time of (7)-(9): min_I max_{j in I} (w_j c + t_s [j is slow])       (13) -> arrivals()
   Symbols    p_i, q_i: actor, critic; p_i-, q_i-: their targets. P: numbers in an x_i. w_j: nonzeros in row j
              of C. c: seconds for an x_i. t_s: delay of a straggler. O_i, A_i: sizes of obs and action.
-  Departures [D1] One minibatch and one snapshot for all agents; OpenAI's base code goes agent after agent.
+  Departures [D1] One minibatch and snapshot for all agents, as the paper's program; OpenAI's goes one by one.
              [D2] x_i are clipped gradients, not weights: learners keep no state, may die and join any time.
              [D3] x_i are multiples of a unit, 2^-32 for norm 0.5, and eq. (9) is rounded to them. So every
                   decodable I gives the very bits of training without learners.
