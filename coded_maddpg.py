@@ -579,9 +579,10 @@ class Learners(Central):
                 print(f"{SCRIPT}: update {t}: waiting for {len(C) - len(answers)} of {len(C)} learners",
                       file=sys.stderr)
             if waited > self.args.learner_timeout:
-                print(f"{SCRIPT}: learners {sorted(self.busy)} have not answered in {waited:.0f} s and are "
-                      f"replaced; update {t} is computed here", file=sys.stderr)
-                for j in [*self.busy]:
+                silent = [j for j, when in self.busy.items() if when]  # the others are still starting
+                print(f"{SCRIPT}: update {t} is computed here, as too few have answered in {waited:.0f} s; "
+                      f"replaced are learners {silent or 'none'}", file=sys.stderr)
+                for j in silent:
                     self.replace(j)
                 C = np.eye(C.shape[1])  # (M, M): decodable
                 answers = {i: encode(row, job, self.spec, t) for i, row in enumerate(C)}
@@ -606,9 +607,8 @@ class Learners(Central):
 
     def publish(self, job):
         if self.job is None:
-            P = job.critic.shape[1] + job.actor.shape[1]
+            P = job.critic.shape[1] + job.actor.shape[1]  # a row of Y: what encode() gives
             self.job = Job(*(tensor.cpu().clone().share_memory_() for tensor in job))
-            # what encode() gives, a row a learner
             self.Y = torch.zeros(len(self.C), P + 2 * len(job.actor), dtype=torch.float64).share_memory_()
             for j in self.busy:
                 self.start(j)
