@@ -99,9 +99,9 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch, in the controller
     total_steps: Count = 500_000  # training transitions of all environments
-    eval_every: within(int, 0) = 62  # iterations between evaluations; 0: only at the end
+    eval_every: within(int, 0) = 250  # iterations between evaluations; 0: only at the end
     eval_episodes: Count = 400  # episodes in an evaluation
-    save_every: Count = 125  # iterations between checkpoints, which hold the replay: 150 MB a million steps
+    save_every: Count = 500  # iterations between checkpoints, which hold the replay: 150 MB a million steps
     run_dir: Optional[str] = None  # default: runs/<env>__<script>__<seed>__<time>
     resume: Optional[str] = None  # checkpoint.pt, or its folder, to continue bit-exactly
     evaluate: Optional[str] = None  # checkpoint.pt, or its folder, to evaluate: prints the table
@@ -114,7 +114,7 @@ class Args:
     good_policy: Literal["maddpg", "ddpg"] = "maddpg"  # critics see everything, or what is their own
     adv_policy: Literal["maddpg", "ddpg"] = "maddpg"  # the same for the adversaries
     horizon: Count = 25  # H, steps of an episode
-    num_envs: Count = 64  # environments side by side; an iteration is an episode in each of them
+    num_envs: Count = 16  # environments side by side; an iteration is an episode in each of them
     update_every: Count = 100  # transitions between two updates
     lr: Size = 0.01  # Adam's step size, eq. (10)
     gamma: Share = 0.95  # discount, eq. (3)

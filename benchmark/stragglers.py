@@ -121,9 +121,10 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, default=0, metavar="UPDATES", help="also measure processes")
     updates = parser.parse_args().processes
     rows = [["part", "world", "agents", "scheme", "stragglers", "seconds", "paper"]]
-    for *row, seconds, paper in [*paper_rows(), *formula_rows(), *(process_rows(updates) if updates else ())]:
-        rows.append([*row, f"{seconds:.4f}", paper])
-        print(f"{' '.join(map(str, row)):46s} {seconds:8.3f} {paper}")
+    for part in paper_rows(), formula_rows(), process_rows(updates) if updates else ():
+        for *row, seconds, paper in part:
+            rows.append([*row, f"{seconds:.4f}", paper])
+            print(f"{' '.join(map(str, row)):46s} {seconds:8.3f} {paper}", flush=True)
     write_result(ROOT / "benchmark" / "results" / "stragglers.csv", {
         "command": f"python benchmark/stragglers.py {' '.join(sys.argv[1:])}".strip(), "machine": machine(),
         "commit": commit(), "date": datetime.date.today(),
