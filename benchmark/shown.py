@@ -89,7 +89,9 @@ UPDATES = {"warm-up": "test/return_warmup"} | {f"{k} updates": f"test/return_{k}
 
 # ---------------------------------------------------------------- Coded MADDPG
 coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/", ""),
-              ("spread, M = 3", "MADDPG, the default now", "coded_maddpg-simple_spread-500k", "eval/", "")]
+              ("spread, M = 3", "MADDPG, the default now", "coded_maddpg-simple_spread-500k", "eval/", ""),
+              ("spread, M = 3", "MADDPG, 64 environments", "coded_maddpg-simple_spread-num-envs-64", "eval/",
+               "")]
 # A sum over opponents measures nothing: one of each side, against the learned other side. The random policy
 # meets a random other side.
 for world, M, steps in [("adversary", 3, 500_000), ("push", 3, 500_000), ("tag", 3, 500_000),
