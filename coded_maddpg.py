@@ -2,10 +2,10 @@
 Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor for dead learners.
 
   Papers     Wang, Xie, Atanasov: Coding for Distributed Multi-Agent Reinforcement Learning. ICRA 2021,
-             arXiv:2101.02308.  MADDPG: Lowe, Wu, Tamar, Harb, Abbeel, Mordatch. NeurIPS 2017, 1706.02275.
-  Problem    M agents, each with an actor mu_i(o_i) and a critic Q_i(all o, all a). The M updates x_i of an
-             iteration depend on one snapshot and one minibatch. Let each of N learners return a weighted sum
-             of several x_i, such that the answers of many subsets I of the learners give all x_i.
+             arXiv:2101.02308. MADDPG: Lowe et al. NeurIPS 2017, arXiv:1706.02275.
+  Problem    M agents, each with an actor mu_i(o_i) and a critic Q_i(all o, all a). Their M updates x_i start
+             from one snapshot and one minibatch. Each of N learners returns a weighted sum of several x_i, so
+             that the answers of many subsets I of the learners give all x_i.
   Algorithm  C: which learner computes which agents, with what weights           (1)  -> make_code()
              for each update t: one minibatch of B transitions; for every agent i:
                  a = softmax(logits + Gumbel noise keyed by (seed, t, i))        (2)  -> gumbel_softmax()
@@ -20,31 +20,19 @@ Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor 
                p_i- <- (1-tau) p_i- + tau p_i, and q_i- likewise                 (11) -> apply_update()
              an episode in each env with the new actors, to the replay           (12) -> rollout()
              Time of (7)-(9): min_I max_{j in I} (w_j c + t_s [j is slow])       (13) -> arrivals()
-  Symbols    p_i, q_i    actor, critic: flat vectors       C  code      (N, M)     w_j  nonzeros in row j
-             p_i-, q_i-  targets                           X  updates   (M, P)     c    seconds for an x_i
-             B rows; O_i, A_i sizes of i's obs and action  Y  received  (|I|, P)   t_s  delay of a straggler
-  Schemes    s: every loss of s learners is survived; load: agents that a learner computes
-               uncoded      s = 0, load 1                mds         s = N-M, load M: Chebyshev polynomials
-               replication  s = floor(N/M)-1, load 1     random      sparse Gaussian, load about --code-p M
-               ldpc         N = 15, M = 8 or 10: s = 1   sparse-mds  s = N-M at the least load M (N-M+1) / N
-             No stragglers: uncoded. Rarely one: ldpc, or replication if N >= 2M. Several: sparse-mds.
-  Departures [D1] One minibatch for all agents and one snapshot, as the paper's distributed program; OpenAI's
-                  base code goes agent after agent. The controller computes a' once for all agents.
+  Symbols    p_i, q_i: actor, critic; p_i-, q_i-: their targets. P: numbers in an x_i. w_j: nonzeros in row j
+             of C. c: seconds for an x_i. t_s: delay of a straggler. O_i, A_i: sizes of obs and action.
+  Departures [D1] One minibatch and snapshot for all agents, as the paper's program; OpenAI's goes one by one.
              [D2] x_i are clipped gradients, not weights: learners keep no state, may die and join any time.
-             [D3] x_i are multiples of a unit, 2^-32 for norm .5. So eq. (9) can be rounded to them, and any
+             [D3] x_i are multiples of a unit, 2^-32 for norm 0.5, and eq. (9) is rounded to them. So every
                   decodable I gives the very bits of training without learners.
-             [D4] mds: the paper's powers of .1 ... .5 have condition numbers beyond 1e10, too large to
-                  decode exactly. sparse-mds is ours.
+             [D4] mds: the paper's powers of .1 to .5 give condition numbers beyond 1e10. sparse-mds is ours.
              [D5] Targets start as copies, the base code's as independent draws. Adam is TensorFlow's.
-  Run        python coded_maddpg.py --env simple_spread                          # ordinary MADDPG
+  Run        python coded_maddpg.py --env simple_spread                 # ordinary MADDPG: -43, random -74
              python coded_maddpg.py --env simple_tag --num-agents 8 --adv-policy ddpg
-             python coded_maddpg.py --env simple_spread --num-agents 8 --num-learners 15 --num-stragglers 4
-             python coded_maddpg.py --env simple_push --num-agents 8 --num-learners 15 --scheme ldpc
-             python coded_maddpg.py --num-learners 15 --num-stragglers 4 --engine inline    # a virtual clock
-             python benchmark/ray_engine.py --env simple_spread --num-learners 15     # on a Ray cluster
-             python coded_maddpg.py --evaluate runs/x/checkpoint.pt --capture-video     # the table and a film
-  Expect     simple_spread: return about -43, summed over agents (random: -74). With learners the result
-             is that without, bit by bit, whatever dies. Please cite the papers above for the methods.
+             python coded_maddpg.py --num-agents 8 --num-learners 15 --num-stragglers 4   # processes
+             python benchmark/ray_engine.py --num-learners 15                             # a Ray cluster
+             python coded_maddpg.py --evaluate runs/x/checkpoint.pt --capture-video       # table and film
 """
 
 import contextlib
@@ -65,6 +53,7 @@ from typing import Annotated, Literal, NamedTuple, Optional
 import numpy as np
 import torch
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -141,7 +130,7 @@ class Args:
     engine: Literal["local", "inline"] = "local"  # processes, or a virtual clock
     num_stragglers: within(int, 0) = 0  # k, learners drawn in each update that hold their answer back
     straggler_delay: Size = 0.25  # t_s, seconds for which they do
-    agent_seconds: Size = 0.0  # the least time for an x_i; emulates slower nodes
+    agent_seconds: Size = 0.0  # c, added for each x_i: emulates slower nodes; the clock of --engine inline
     learner_timeout: within(float, 1e-3) = 60.0  # seconds after which nobody waits for a learner any more
 
 
@@ -204,73 +193,63 @@ def playable(args, env):
 
 
 # ================================================================ 2. Networks
-# Each agent has an actor and a critic of its own: a net is one flat vector, and those of all agents lie one
-# after another. So the Adam step of everybody is one line, and what travels to a learner is a few vectors.
+# Each agent has an actor and a critic of its own. A net is a flat vector, and the nets of all agents are the
+# rows of one array; zeros end the shorter rows, and stay zero. So Adam is one line for everybody, and what
+# travels to a learner is a few arrays.
 class Spec(NamedTuple):
-    """Everything that an update depends on but its data; plain numbers, to be sent around."""
+    """What an update depends on beside its data: plain numbers, sent to each learner once."""
 
     args: Args
-    obs: tuple  # O_i
+    obs: tuple  # O_i, of each agent
     act: tuple  # A_i
     splits: tuple  # of each agent: sizes of its one-hot blocks, which sum to A_i
+    adversaries: int  # K, the first of the agents
     local: tuple  # of each agent: does its critic see only its own observation and action (ddpg)?
     actor: tuple  # of each agent: layer sizes of its actor
-    critic: tuple  # the same for its critic
+    critic: tuple  # the same of its critic
 
 
 def make_spec(args, env):
-    K, H = getattr(env, "num_adversaries", 0) or 0, args.num_units
+    obs, act, hidden = env.obs_dims, env.action_dims, (args.num_units, args.num_units)
+    K = getattr(env, "num_adversaries", 0) or 0
     policies = [args.adv_policy] * K + [args.good_policy] * (env.num_agents - K)
-    local, actor, critic = [policy == "ddpg" for policy in policies], [], []
-    for O, A, own in zip(env.obs_dims, env.action_dims, local):
-        seen = O + A if own else sum(env.obs_dims) + sum(env.action_dims)
-        actor.append((O, H, H, A))
-        critic.append((seen, H, H, 1))
-    return Spec(args, *map(tuple, (env.obs_dims, env.action_dims, env.action_splits, local, actor, critic)))
+    local = tuple(policy == "ddpg" for policy in policies)
+    actor = tuple((O, *hidden, A) for O, A in zip(obs, act))
+    critic = tuple((O + A if own else sum(obs) + sum(act), *hidden, 1) for O, A, own in zip(obs, act, local))
+    return Spec(args, obs, act, env.action_splits, K, local, actor, critic)
 
 
-def pieces(sizes):
-    """How many numbers each weight and bias has, in the order of the net's flat vector."""
-    return [k for n, m in itertools.pairwise(sizes) for k in (n * m, m)]
-
-
-def lengths(spec, kind):
-    """How long the flat vector of each agent's "actor" or "critic" is."""
-    return [sum(pieces(sizes)) for sizes in getattr(spec, kind)]
-
-
-def width(spec):
-    """P, the length of the longest x_i; zeros follow a shorter one."""
-    return max(map(sum, zip(lengths(spec, "critic"), lengths(spec, "actor"))))
+def layers(net, sizes):
+    """[w1, b1, w2, b2, w3, b3] of a net, views of its row."""
+    shapes = [shape for n, m in itertools.pairwise(sizes) for shape in ((n, m), (m,))]
+    lengths = [math.prod(shape) for shape in shapes]
+    return [part.view(shape) for part, shape in zip(net[: sum(lengths)].split(lengths), shapes)]
 
 
 def glorot(sizes):
-    """A net's flat vector: weights uniform with variance 2 / (fan in + fan out), biases zero."""
-    parts = []
-    for n, m in itertools.pairwise(sizes):
-        parts += [(2 * torch.rand(n * m) - 1) * math.sqrt(6 / (n + m)), torch.zeros(m)]
-    return torch.cat(parts)
+    """A net: weights uniform with variance 2 / (fan in + fan out), biases zero."""
+    net = torch.zeros(sum(n * m + m for n, m in itertools.pairwise(sizes)))
+    for weight in layers(net, sizes)[::2]:
+        weight.uniform_(-1, 1).mul_(math.sqrt(6 / sum(weight.shape)))
+    return net
 
 
 def make_nets(spec, device):
-    """Flat vectors of all agents: actor, critic, their targets, which start as copies [D5], and the moments m
-    and v of Adam; n counts the updates."""
-    nets = {"n": torch.zeros((), dtype=torch.int64)}
+    """Actors, critics, their targets, which start as copies [D5], and Adam's moments m and v."""
+    nets = {}
     for kind in ("actor", "critic"):
-        net = torch.cat([glorot(sizes) for sizes in getattr(spec, kind)]).to(device)
+        net = pad_sequence([*map(glorot, getattr(spec, kind))], batch_first=True).to(device)  # (M, longest)
         nets |= {kind: net, f"target_{kind}": net.clone()}
         nets |= {f"m_{kind}": torch.zeros_like(net), f"v_{kind}": torch.zeros_like(net)}
     return nets
 
 
-def mlp(flat, sizes, x):
-    """Linear, ReLU, Linear, ReLU, Linear: x (B, in) -> (B, out)."""
-    parts = iter(flat.split(pieces(sizes)))
-    for layer, (n, m) in enumerate(itertools.pairwise(sizes)):
-        weight, bias = next(parts).view(n, m), next(parts)
-        x = torch.addmm(bias, x, weight)
-        x = x.relu() if layer < 2 else x
-    return x
+def mlp(net, x):
+    """x (B, in) -> (B, out); net: its layers."""
+    w1, b1, w2, b2, w3, b3 = net
+    x = torch.addmm(b1, x, w1).relu()  # (B, 64)
+    x = torch.addmm(b2, x, w2).relu()
+    return torch.addmm(b3, x, w3)
 
 
 # Noise and minibatches are keyed, not drawn from a stream: so learners agree on them, whoever computes what.
@@ -289,9 +268,9 @@ def gumbel(seed, t, stream, shape):
 
 
 def gumbel_softmax(logits, noise, split):
-    """eq. (2): (B, A_i) -> (B, A_i), block by block. Soft at temperature 1, as in the base code: this vector
-    goes to the env and into the replay."""
-    return torch.cat([z.softmax(1) for z in (logits + noise).split(split, 1)], 1)
+    """eq. (2): (B, A) -> (B, A), block by block. Soft at temperature 1, as in the base code: this vector goes
+    to the env and into the replay."""
+    return torch.cat([block.softmax(1) for block in (logits + noise).split(split, 1)], 1)
 
 
 # ================================================================ 3. Rollout
@@ -301,67 +280,60 @@ class Replay:
     """The last E episodes as a ring (E, H+1, W). torch.empty takes memory only where it is written to."""
 
     def __init__(self, args, spec):
-        self.widths = sum(spec.obs), sum(spec.act), len(spec.obs) + 1  # obs, act, reward and terminated
+        self.widths = sum(spec.obs), sum(spec.act), len(spec.obs) + 1  # obs, act, rewards and terminated
         self.stored = 0  # episodes ever
         episodes = args.replay_size // args.horizon
         self.rows = torch.empty(episodes, args.horizon + 1, sum(self.widths), device=args.device)
 
-    def __len__(self):
-        """Transitions."""
-        return min(self.stored, len(self.rows)) * (self.rows.shape[1] - 1)
-
     def append(self, episodes):
-        where = (torch.arange(len(episodes)) + self.stored) % len(self.rows)
-        self.rows[where.to(self.rows.device)] = episodes
+        self.rows[(torch.arange(len(episodes)) + self.stored) % len(self.rows)] = episodes
         self.stored += len(episodes)
 
     def sample(self, seed, t, n):
         """n transitions, uniform with replacement: obs, act, end, next obs, each (n, .)."""
         H = self.rows.shape[1] - 1
-        i = torch.from_numpy(keyed(seed, t, BATCH).integers(len(self), size=n)).to(self.rows.device)
-        now, following = self.rows[i // H, i % H], self.rows[i // H, i % H + 1]
+        i = keyed(seed, t, BATCH).integers(H * min(self.stored, len(self.rows)), size=n)
+        now, following = self.rows[i // H, i % H], self.rows[i // H, i % H + 1]  # (n, W)
         return *now.split(self.widths, 1), following[:, : self.widths[0]]
 
 
 def act_all(actor, spec, obs, noise):
-    """eq. (2) for all agents: flat actors, obs (B, sum O), noise (B, sum A) -> (B, sum A)."""
-    nets, seen = actor.split(lengths(spec, "actor")), obs.split(spec.obs, 1)
-    actions = []
-    for i, e in enumerate(noise.split(spec.act, 1)):
-        logits = mlp(nets[i], spec.actor[i], seen[i])
-        actions.append(gumbel_softmax(logits, e, spec.splits[i]))
-    return torch.cat(actions, 1)
+    """eq. (2) for all agents: actor (M, .), obs (B, sum O), noise (B, sum A) -> (B, sum A)."""
+    nets = map(layers, actor, spec.actor)
+    logits = [mlp(net, o) for net, o in zip(nets, obs.split(spec.obs, 1))]  # (B, A_i) each
+    return gumbel_softmax(torch.cat(logits, 1), noise, sum(spec.splits, ()))
 
 
 @torch.no_grad()
 def rollout(env, spec, actor, key):
-    """eq. (12): an episode of each env as rows of the replay, (B, H+1, W). key: (seed, t, stream)."""
-    B = env.num_envs
-    noise = gumbel(*key, (env.horizon, B, sum(spec.act))).to(actor.device)
-    obs, rows = torch.cat(env.reset(), 1), []
+    """eq. (12): an episode of each env, as rows of the replay, (B, H+1, W), and the returns, (B, M)."""
+    noise = gumbel(*key, (env.horizon, env.num_envs, sum(spec.act))).to(actor.device)  # (H, B, sum A)
+    obs = torch.cat(env.reset(), 1)  # (B, sum O)
+    rows, returns = [], 0
     for e in noise:
-        act = act_all(actor, spec, obs, e)
+        act = act_all(actor, spec, obs, e)  # (B, sum A)
         new, reward, terminated, _, _ = env.step(act.split(spec.act, 1))
         # time being up is no end: it is bootstrapped
-        rows.append(torch.cat([obs, act, reward, terminated[:, None]], 1))
+        rows.append(torch.cat([obs, act, reward, terminated[:, None]], 1))  # (B, W)
+        returns = returns + reward  # (B, M)
         obs = torch.cat(new, 1)
     nothing = torch.zeros_like(rows[0][:, obs.shape[1] :])  # follows the last observation
-    return torch.stack([*rows, torch.cat([obs, nothing], 1)], 1)
+    return torch.stack([*rows, torch.cat([obs, nothing], 1)], 1), returns
 
 
 # ================================================================ 4. Objectives
 # The update of an agent is a function of a snapshot, a minibatch and a key, and of nothing else. Coding adds
 # up what different learners computed: x_i must have the same bits wherever it is computed. So all run this.
 class Job(NamedTuple):
-    """What learners get for update t: all there is to know [D2]. Nets and moments are flat, of all agents."""
+    """What learners get for update t: all there is to know [D2]. Nets and moments have a row an agent."""
 
     obs: torch.Tensor  # (B, sum O)
     act: torch.Tensor  # (B, sum A)
     end: torch.Tensor  # (B, M+1) rewards, terminated
     next_obs: torch.Tensor  # (B, sum O)
     next_act: torch.Tensor  # (B, sum A) of the target actors
-    actor: torch.Tensor
-    critic: torch.Tensor
+    actor: torch.Tensor  # (M, longest actor)
+    critic: torch.Tensor  # (M, longest critic)
     target_critic: torch.Tensor
     m_critic: torch.Tensor  # Adam's moments
     v_critic: torch.Tensor
@@ -383,33 +355,34 @@ def seen_by(spec, i, obs, act):
     return torch.cat([obs, act], 1)
 
 
-def td_target(target_critic, sizes, x_next, reward, terminated, gamma):
-    """eq. (3): reward, terminated (B,) -> y (B,)."""
-    return reward + gamma * (1 - terminated) * mlp(target_critic, sizes, x_next)[:, 0]
+def td_target(target_critic, x_next, reward, terminated, gamma):
+    """eq. (3): x_next (B, in), reward and terminated (B,) -> y (B,)."""
+    return reward + gamma * (1 - terminated) * mlp(target_critic, x_next)[:, 0]
 
 
-def critic_loss(critic, sizes, x, y):
-    """eq. (4)"""
-    return (mlp(critic, sizes, x)[:, 0] - y).square().mean()
+def critic_loss(critic, x, y):
+    """eq. (4): x (B, in), y (B,) -> scalar."""
+    return (mlp(critic, x)[:, 0] - y).square().mean()
 
 
 def actor_loss(actor, critic, spec, i, obs, act, noise):
     """eq. (5): the own action is replaced, those of the others stay the replay's."""
-    logits = mlp(actor, spec.actor[i], obs.split(spec.obs, 1)[i])
+    logits = mlp(actor, obs.split(spec.obs, 1)[i])  # (B, A_i)
     acts = list(act.split(spec.act, 1))
     acts[i] = gumbel_softmax(logits, noise, spec.splits[i])
-    q = mlp(critic, spec.critic[i], seen_by(spec, i, obs, torch.cat(acts, 1)))
+    q = mlp(critic, seen_by(spec, i, obs, torch.cat(acts, 1)))  # (B, 1)
     return 1e-3 * logits.square().mean() - q.mean()
 
 
 def grid(clip):
-    """The unit of the numbers that travel: 2^-31 of the bound, itself a power of 2 [D3]."""
+    """The unit of the numbers that travel: 2^-31 of the bound, rounded up to a power of 2 [D3]."""
     return 2.0 ** (math.ceil(math.log2(clip)) - 31)
 
 
 def clip_to_grid(grad, sizes, clip):
-    """eq. (6): each weight and bias of a flat gradient to norm <= clip, then to multiples of the unit."""
-    grad = torch.cat([g * (clip / g.norm().clamp(min=clip)) for g in grad.split(pieces(sizes))])
+    """eq. (6): each weight and bias of a net's gradient to norm <= clip, then to multiples of the unit."""
+    for g in layers(grad, sizes):  # views: this changes grad
+        g *= clip / g.norm().clamp(min=clip)
     return (grad / grid(clip)).round() * grid(clip)  # powers of 2: only round() rounds
 
 
@@ -421,36 +394,53 @@ def adam(g, m, v, n, lr):
 
 
 def agent_update(job, spec, t, i):
-    """x_i, eqs. (2)-(6), a flat vector, and the losses [critic, actor]."""
-    mine = lengths(spec, "critic")
-    critic, target, m, v = (flat.split(mine)[i] for flat in job[6:])
-    actor = job.actor.split(lengths(spec, "actor"))[i].detach().requires_grad_()
+    """x_i (P,) by eqs. (2)-(6), and the losses of critic and actor, (2,)."""
+    args, sizes = spec.args, spec.critic[i]
+    actor, critic = job.actor[i].requires_grad_(), job.critic[i].requires_grad_()
 
     # the critic's gradient
     with torch.no_grad():
-        x_next = seen_by(spec, i, job.next_obs, job.next_act)
-        y = td_target(target, spec.critic[i], x_next, job.end[:, i], job.end[:, -1], spec.args.gamma)
-    q = critic.detach().requires_grad_()
-    loss_q = critic_loss(q, spec.critic[i], seen_by(spec, i, job.obs, job.act), y)
-    g_q = clip_to_grid(torch.autograd.grad(loss_q, q)[0], spec.critic[i], spec.args.max_grad_norm)
+        x_next = seen_by(spec, i, job.next_obs, job.next_act)  # (B, in)
+        target = layers(job.target_critic[i], sizes)
+        y = td_target(target, x_next, job.end[:, i], job.end[:, -1], args.gamma)  # (B,)
+    loss_q = critic_loss(layers(critic, sizes), seen_by(spec, i, job.obs, job.act), y)
+    g_q = clip_to_grid(torch.autograd.grad(loss_q, critic)[0], sizes, args.max_grad_norm)  # (longest,)
 
-    # the actor is judged by the critic after its step, which everyone takes for himself
-    critic = critic + adam(g_q, m, v, t, spec.args.lr)[0]
-    noise = gumbel(spec.args.seed, t, i, (len(job.obs), spec.act[i])).to(job.obs.device)
-    loss_p = actor_loss(actor, critic, spec, i, job.obs, job.act, noise)
-    g_p = clip_to_grid(torch.autograd.grad(loss_p, actor)[0], spec.actor[i], spec.args.max_grad_norm)
-    return torch.cat([g_q, g_p]), [loss_q.item(), loss_p.item()]
+    # the actor is judged by the critic after its step, which every learner takes for itself
+    stepped = critic.detach() + adam(g_q, job.m_critic[i], job.v_critic[i], t, args.lr)[0]
+    noise = gumbel(args.seed, t, i, (len(job.obs), spec.act[i])).to(job.obs.device)
+    judge, player = layers(stepped, sizes), layers(actor, spec.actor[i])
+    loss_p = actor_loss(player, judge, spec, i, job.obs, job.act, noise)
+    g_p = clip_to_grid(torch.autograd.grad(loss_p, actor)[0], spec.actor[i], args.max_grad_norm)
+    return torch.cat([g_q, g_p]), torch.stack([loss_q, loss_p]).detach()
 
 
 # ================================================================ 5. Update
-# First the codes, then who computes: this process, learners on a virtual clock, processes, or actors on Ray.
-# All give X, bit for bit the same, and the controller applies it. Learners know nothing but their job.
-LIMIT = 1e6  # of condition numbers: float64 then errs by less than half a unit. Beyond, wait for one more row
+# First the codes, then who computes: this process, maybe by a virtual clock; processes; or actors on Ray. All
+# give the same X, bit for bit, and the controller applies it. Learners know nothing but their job.
+# LDPC {M: agents that each row after the first M adds up}: an array code of 3 x 5 blocks of 3 x 3
+LDPC = {8: "0127 0137 0147 057 067 1 1", 10: "012349 0159 0369 02379 01289"}
 
 
-def cyclic(N, M, rng):
-    """Column i is nonzero in the N-M+1 rows from floor(i N / M) on, cyclically: so any r columns touch N-M+r
-    rows, which makes any M rows invertible with probability one [D4]."""
+def draw(scheme, N, M, p, rng):
+    """C (N, M) of a scheme, not yet checked. s: whichever s learners are lost, the others are enough; load:
+    agents that a learner computes. No stragglers: uncoded. Rarely one: ldpc. Several: sparse-mds."""
+    if scheme == "uncoded":  # s = 0, load 1; there is no work for more than M learners
+        return np.eye(M)
+    if scheme == "replication":  # s = floor(N / M) - 1, load 1
+        return np.eye(M)[np.arange(N) % M]
+    if scheme == "mds":  # s = N - M, load M: cos(i phi_j), Vandermonde times an invertible matrix [D4]
+        phi = (2 * np.arange(N) + 1) * np.pi / (2 * N)
+        return np.cos(np.arange(M) * phi[:, None])
+    if scheme == "random":  # mostly s = N - M, load about p M
+        return rng.standard_normal((N, M)) * (rng.random((N, M)) < p)
+    if scheme == "ldpc":  # s = 1, load 1 to 4 or 6
+        C = np.eye(N, M)
+        for j, agents in enumerate(LDPC[M].split(), M):
+            C[j, [*map(int, agents)]] = 1
+        return C
+    # sparse-mds: s = N - M at the least load, M (N-M+1) / N. Column i fills N-M+1 rows from i N / M on,
+    # cyclically: so any r columns touch N-M+r rows, and any M rows are invertible with probability one [D4]
     C = np.zeros((N, M))
     for i in range(M):
         rows = (i * N // M + np.arange(N - M + 1)) % N
@@ -458,101 +448,70 @@ def cyclic(N, M, rng):
     return C
 
 
-LDPC = {  # M: B of C = [I; B], from the parity checks of an array code of 3 x 5 blocks of 3 x 3
-    8: "11100001 11010001 11001001 10000101 10000011 01000000 01000000",
-    10: "1111100001 1100010001 1001001001 1011000101 1110000011"}
-
-
-def draw(scheme, N, M, p, rng):
-    """C (N, M) of a scheme, not yet checked."""
-    if scheme == "uncoded":
-        return np.eye(N, M)
-    if scheme == "replication":
-        return np.eye(M)[np.arange(N) % M]
-    if scheme == "mds":
-        # columns cos(i phi_j): Vandermonde times an invertible matrix, so any M rows are invertible [D4]
-        return np.cos(np.arange(M) * (2 * np.arange(N)[:, None] + 1) * np.pi / (2 * N))
-    if scheme == "random":
-        return rng.standard_normal((N, M)) * (rng.random((N, M)) < p)
-    if scheme == "sparse-mds":
-        return cyclic(N, M, rng)
-    if N != 15 or M not in LDPC:
-        raise ValueError("--scheme ldpc needs 15 learners and 8 or 10 agents, as the paper has")
-    return np.vstack([np.eye(M), [[*map(float, row)] for row in LDPC[M].split()]])
-
-
 def make_code(scheme, N, M, seed=1, p=0.8):
-    """eq. (1): C (N, M). Random matrices are drawn until one is fit. ValueError if none has rank M."""
+    """eq. (1): C (N, M). Random matrices are drawn until one is fit."""
     if N < M:
-        raise ValueError(f"--num-learners {N} are fewer than the {M} agents")
+        fail(f"--num-learners {N} are fewer than the {M} agents")
+    if scheme == "ldpc" and (N != 15 or M not in LDPC):
+        fail("--scheme ldpc needs 15 learners and 8 or 10 agents, as the paper has")
     for attempt in range(50):
-        C = draw(scheme, N, M, p, np.random.default_rng([seed, attempt]))
-        if decodable(C) and (scheme == "uncoded" or C.any(1).all()):
+        C = draw(scheme, N, M, p, np.random.default_rng([seed % 2**64, attempt]))
+        if decodable(C) and C.any(1).all():
             return C
-    raise ValueError(f"--scheme {scheme} with {N} learners does not reach rank {M}, the number of agents")
+    fail(f"--scheme {scheme} with {N} learners does not reach rank {M}, the number of agents")
 
 
 def decodable(rows):
     """eq. (8): do these rows of C, (n, M), determine all agents, and safely so? Full rank is a condition
-    number that is finite; the limit makes sure that rounding to the grid finds the right multiples [D3]."""
+    number that is finite. Below 1e6, float64 errs by less than half a unit, so rounding is exact [D3]."""
     if len(rows) < rows.shape[1]:
         return False
-    s = np.linalg.svd(rows, compute_uv=False)
-    return s[-1] * LIMIT > s[0]
+    s = np.linalg.svd(rows, compute_uv=False)  # (M,), the largest first
+    return s[-1] * 1e6 > s[0]
+
+
+def encode(row, job, spec, t, cancelled=None, hold=0.0):
+    """eq. (7), a learner's whole work: y_j (P,), then the losses of all agents, nan if not its own: (P + 2M,)
+    float64. None if cancelled(seconds), which waits so long, says so: after an agent, or in the hold."""
+    losses = torch.full((len(row), 2), math.nan, dtype=torch.float64)  # (M, 2)
+    y = 0
+    for i in np.flatnonzero(row).tolist():
+        x, losses[i] = agent_update(job, spec, t, i)
+        y = y + float(row[i]) * x.cpu().double()  # (P,)
+        if cancelled and cancelled(0.0):
+            return None
+    if cancelled and cancelled(hold):
+        return None
+    return torch.cat([y, losses.flatten()])
 
 
 def decode(rows, Y, clip):
-    """eq. (9): X (M, P) float32 from rows C_I (n, M) and Y_I (n, P) float64. What was encoded lies on the
-    grid [D3]: so round. If what is found does not give Y_I back, learners disagree about some x_i."""
-    rows, unit = torch.from_numpy(rows), grid(clip)
-    X = (torch.linalg.pinv(rows) @ Y / unit).round().mul(unit)
-    if (rows @ X - Y).abs().max() > unit / 1000:  # a nan is not: the losses will show it
-        raise Stopped("the learners' results contradict each other: do they all run on the same kind of "
-                      "processor, with the same library versions?")
-    return X.float()
+    """eq. (9): X (M, P) float32 and losses (M, 2) from rows C_I (n, M) and what encode() gave for them. What
+    was encoded lies on the grid [D3]: so round. If that does not give Y_I back, learners contradict."""
+    M, unit, C = rows.shape[1], grid(clip), torch.from_numpy(rows)
+    Y, losses = Y[:, : -2 * M], Y[:, -2 * M :].nanmean(0).view(M, 2)  # (n, P), (M, 2)
+    X = (torch.linalg.pinv(C) @ Y / unit).round() * unit  # (M, P)
+    if (C @ X - Y).abs().max() > unit / 1000:  # a nan is not: the losses will show it
+        fail("the learners' results contradict each other: do they all run on the same kind of processor, "
+             "with the same library versions? The last checkpoint.pt is good", code=1)
+    return X.float(), losses
 
 
-def encode(row, job, spec, t, cancelled=None, agent_seconds=0.0, delay=0.0):
-    """eq. (7), a learner's whole work: y_j (P,) float64 and {agent: losses}. None if `cancelled`, which waits
-    for so many seconds, says so between two agents, or while a straggler holds its answer back."""
-    y, losses = torch.zeros(width(spec), dtype=torch.float64), {}
-    for i in np.flatnonzero(row).tolist():
-        start = time.perf_counter()
-        x, losses[i] = agent_update(job, spec, t, i)
-        y[: len(x)].add_(x.cpu(), alpha=float(row[i]))
-        left = agent_seconds - (time.perf_counter() - start)
-        if cancelled and cancelled(max(0.0, left)):
-            return None
-    return None if cancelled and cancelled(delay) else (y, losses)
+def holds(C, t, args):
+    """w_j c + t_s [j is slow] of eq. (13), (N,): how long each learner holds back what it has computed. The k
+    slow ones are drawn anew in each update."""
+    slow = keyed(args.seed, t, SLOW).choice(len(C), args.num_stragglers, replace=False)
+    delay = args.straggler_delay * np.isin(np.arange(len(C)), slow)  # (N,)
+    return np.count_nonzero(C, axis=1) * args.agent_seconds + delay
 
 
-def slow_ones(C, seed, t, k):
-    """The k stragglers of update t, (N,) bool, among the learners that have work."""
-    slow, used = np.zeros(len(C), bool), np.flatnonzero(C.any(1))
-    slow[keyed(seed, t, SLOW).choice(used, k, replace=False)] = True
-    return slow
-
-
-def arrivals(C, slow, agent_seconds, delay):
-    """eq. (13) on equal learners: the first decodable I in order of arrival, and when it is complete."""
-    load = np.count_nonzero(C, axis=1)
-    finish = np.where(load > 0, load * agent_seconds + delay * slow, math.inf)
-    order = np.argsort(finish, kind="stable")
+def arrivals(C, finish):
+    """eq. (13): the first decodable I of learners that finish at these times, (N,), and when that is."""
+    order = np.argsort(finish, kind="stable")  # (N,)
     n = C.shape[1]
     while not decodable(C[order[:n]]):
         n += 1
     return order[:n], finish[order[n - 1]]
-
-
-class Stopped(Exception):
-    """The run cannot go on. Nothing of the update has been applied: the state before it is good."""
-
-
-def solution(rows, answers, clip):
-    """X (M, P) and losses (M, 2) from the [(y, {agent: losses})] of a decodable set."""
-    X = decode(rows, torch.stack([y for y, _ in answers]), clip)
-    losses = {i: pair for _, pairs in answers for i, pair in pairs.items()}
-    return X, torch.tensor([losses[i] for i in sorted(losses)])
 
 
 class Central:
@@ -562,23 +521,22 @@ class Central:
     def __init__(self, C, spec, args):
         self.C, self.spec, self.args = C, spec, args
 
-    def solve(self, t, job, run):
+    def solve(self, t, job):
         """X (M, P), losses (M, 2), {tag: value} of update t."""
-        args, slow = self.args, slow_ones(self.C, self.args.seed, t, self.args.num_stragglers)
-        first, seconds = arrivals(self.C, slow, args.agent_seconds or 0.01, args.straggler_delay)
-        answers = [encode(row, job, self.spec, t) for row in self.C[first]]
-        info = {"learners/seconds": seconds, "learners/used": len(first)} if args.num_learners else {}
-        return *solution(self.C[first], answers, args.max_grad_norm), info
+        first, seconds = arrivals(self.C, holds(self.C, t, self.args))
+        Y = torch.stack([encode(row, job, self.spec, t) for row in self.C[first]])  # (n, P + 2M)
+        logs = {"learners/seconds": seconds, "learners/used": len(first)} if self.args.num_learners else {}
+        return *decode(self.C[first], Y, self.args.max_grad_norm), logs
 
     def close(self):
         pass
 
 
-# The engine. A learner is starting, idle, or busy with job t, and gets a job only when idle: so a hung one is
-# never written to twice, and its pipe cannot fill up. Answers to an old t are dropped: whoever is late may
-# read a job half overwritten, and one buffer in shared memory is enough. The end of a pipe means death.
+# The engine. A learner is busy, starting or with a job, or idle, and gets a job only when idle: so a hung one
+# is sent a job and a cancel, no more, and its pipe cannot fill up. Answers to an old t are dropped: whoever
+# is late may read a job half overwritten, and one buffer in shared memory is enough. A pipe's end is a death.
 class Learners(Central):
-    """Processes on this machine. benchmark/ray_engine.py overrides what speaks to them: publish to close."""
+    """Processes on this machine. benchmark/ray_engine.py overrides what speaks to them: publish to kill."""
 
     def __init__(self, C, spec, args):
         super().__init__(C, spec, args)
@@ -591,70 +549,75 @@ class Learners(Central):
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             forkserver.ensure_running()
             signal.signal(signal.SIGINT, handler)
-        self.working = np.flatnonzero(C.any(1)).tolist()
-        self.idle, self.busy, self.restarts = set(), set(), 0
+        self.busy = dict.fromkeys(range(len(C)), 0)  # {learner: t of its job, 0 while it starts}
+        self.restarts = 0
         self.job, self.process, self.pipe = None, {}, {}
 
-    def solve(self, t, job, run):
-        args, C, answers, begin, told = self.args, self.C, {}, time.monotonic(), False
-        slow, limit = slow_ones(C, args.seed, t, args.num_stragglers), self.restarts + 5 * len(self.working)
+    def solve(self, t, job):
+        C, answers, hold = self.C, {}, holds(self.C, t, self.args).tolist()
+        begin, notice, enough = time.monotonic(), 10.0, self.restarts + 5 * len(self.C)
         self.publish(job)
         while not decodable(C[[*answers]]):
             # hand the job to all who are idle, then take in what comes
-            for j in self.idle - answers.keys():
-                self.idle.remove(j)
-                self.busy.add(j)
-                self.send(j, t, args.straggler_delay * slow[j])
+            for j in set(range(len(C))) - self.busy.keys() - answers.keys():
+                self.busy[j] = t
+                self.send(j, t, hold[j])
             for j, when, answer in self.receive(0.2):
-                self.busy.discard(j)
+                del self.busy[j]
                 if when < 0:
                     self.replace(j)
-                else:
-                    self.idle.add(j)
-                if when == t and answer:  # none to an old t
+                elif when == t:
                     answers[j] = answer
 
             # not for ever: then the silent are replaced, and this process computes the update
             waited = time.monotonic() - begin
-            if run.interrupted or self.restarts > limit:
-                raise Stopped("learners end again and again without an answer (a program that calls train() "
-                              'needs `if __name__ == "__main__":`)')
-            if waited > 10 and not told:
-                told = True
-                print(f"update {t} waits for {len(C) - len(answers)} of {len(C)} learners", file=sys.stderr)
-            if waited > args.learner_timeout:
-                print(f"learners {sorted(self.busy)} have not answered in {args.learner_timeout:g} s and are "
-                      f"replaced; update {t} is computed here", file=sys.stderr)
-                for j in [*self.busy]:
+            if self.restarts > enough:
+                fail("learners end again and again without an answer (a program that calls train() needs "
+                     '`if __name__ == "__main__":`)', code=1)
+            if waited > notice:  # say so, once
+                notice = math.inf
+                print(f"{SCRIPT}: update {t}: waiting for {len(C) - len(answers)} of {len(C)} learners",
+                      file=sys.stderr)
+            if waited > self.args.learner_timeout:
+                silent = [j for j, when in self.busy.items() if when]  # the others are still starting
+                print(f"{SCRIPT}: update {t} is computed here, as too few have answered in {waited:.0f} s; "
+                      f"replaced are learners {silent or 'none'}", file=sys.stderr)
+                for j in silent:
                     self.replace(j)
                 C = np.eye(C.shape[1])  # (M, M): decodable
                 answers = {i: encode(row, job, self.spec, t) for i, row in enumerate(C)}
+
         # enough: the others stop
-        for j in self.busy:
-            self.send(j, -t, 0.0)
-        info = {"learners/seconds": time.monotonic() - begin, "learners/used": len(answers),
-                "learners/computed_here": C is not self.C, "learners/restarts": self.restarts}
-        return *solution(C[[*answers]], [*answers.values()], args.max_grad_norm), info
+        for j, when in self.busy.items():
+            if when == t:
+                self.send(j, -t, 0.0)
+        logs = {"learners/seconds": time.monotonic() - begin, "learners/used": len(answers),
+                "learners/restarts": self.restarts}
+        return *decode(C[[*answers]], torch.stack([*answers.values()]), self.args.max_grad_norm), logs
 
     def replace(self, j):
-        self.idle.discard(j)
-        self.busy.discard(j)
+        self.busy[j] = 0
         self.restarts += 1
         self.kill(j)
         self.start(j)
 
+    def close(self):
+        for j in self.process:
+            self.kill(j)
+
     def publish(self, job):
         if self.job is None:
+            P = job.critic.shape[1] + job.actor.shape[1]  # a row of Y: what encode() gives
             self.job = Job(*(tensor.cpu().clone().share_memory_() for tensor in job))
-            self.Y = torch.zeros(len(self.C), width(self.spec), dtype=torch.float64).share_memory_()
-            for j in self.working:
+            self.Y = torch.zeros(len(self.C), P + 2 * len(job.actor), dtype=torch.float64).share_memory_()
+            for j in self.busy:
                 self.start(j)
         for ours, new in zip(self.job, job):
             ours.copy_(new)
 
     def start(self, j):
         self.pipe[j], theirs = self.context.Pipe()
-        given = (theirs, self.job, self.Y[j], self.C[j], self.spec, self.args.agent_seconds)
+        given = (theirs, self.job, self.Y[j], self.C[j], self.spec)
         self.process[j] = self.context.Process(target=learner, args=given, daemon=True)
         self.process[j].start()
         theirs.close()
@@ -664,13 +627,13 @@ class Learners(Central):
             self.pipe[j].send(message)
 
     def receive(self, seconds):
-        """(learner, update, (y, losses)) for each that has spoken; update 0: ready, -1: dead."""
+        """(learner, update, answer or None) of each that has spoken; update 0: ready, -1: dead."""
         owner = {pipe: j for j, pipe in self.pipe.items()}
         for pipe in connection.wait([*owner], seconds):
             j = owner[pipe]
             try:
-                t, losses = pipe.recv()
-                yield j, t, losses and (self.Y[j], losses)
+                t, done = pipe.recv()
+                yield j, t, self.Y[j] if done else None
             except (EOFError, OSError):
                 yield j, -1, None
 
@@ -679,12 +642,8 @@ class Learners(Central):
         self.process[j].join()
         self.pipe[j].close()
 
-    def close(self):
-        for process in self.process.values():
-            process.kill()
 
-
-def learner(pipe, job, out, row, spec, agent_seconds):
+def learner(pipe, job, out, row, spec):
     """A learner process: one job after another, until the controller hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -693,14 +652,14 @@ def learner(pipe, job, out, row, spec, agent_seconds):
         return pipe.poll(seconds) and bool(pipe.recv())  # nothing else comes in mid-job
 
     with contextlib.suppress(EOFError, OSError):
-        pipe.send((0, None))  # ready
+        pipe.send((0, False))  # ready
         while True:
-            t, delay = pipe.recv()
+            t, hold = pipe.recv()
             if t > 0:  # otherwise a cancel that came after the answer
-                answer = encode(row, job, spec, t, cancelled, agent_seconds, delay)
-                if answer:
-                    out.copy_(answer[0])
-                pipe.send((t, answer and answer[1]))
+                answer = encode(row, job, spec, t, cancelled, hold)
+                if answer is not None:
+                    out.copy_(answer)
+                pipe.send((t, answer is not None))
 
 
 def make_engine(args, spec):
@@ -708,54 +667,45 @@ def make_engine(args, spec):
     N, M = args.num_learners, len(spec.obs)
     if not N:
         return Central(np.eye(M), spec, args)
-    try:
-        C = make_code(args.scheme, N, M, args.seed % 2**64, args.code_p)
-    except ValueError as error:
-        fail(error)
+    C = make_code(args.scheme, N, M, args.seed, args.code_p)
     load = np.count_nonzero(C, axis=1)
-    if args.num_stragglers > np.count_nonzero(load):
-        fail(f"--num-stragglers {args.num_stragglers}: only {np.count_nonzero(load)} learners have work")
-    print(f"{args.scheme}: {N} learners, {load[load > 0].min()} to {load.max()} agents each", flush=True)
+    if args.num_stragglers > len(C):
+        fail(f"--num-stragglers {args.num_stragglers}: there is work for {len(C)} learners only")
+    print(f"{args.scheme}: {len(C)} learners, {load.min()} to {load.max()} agents each", flush=True)
     return Central(C, spec, args) if args.engine == "inline" else Learners(C, spec, args)
 
 
 @torch.no_grad()
-def apply_update(nets, spec, X, args):
-    """What eqs. (10) and (11) change, in place; X (M, P), row i is [g_q, g_p] of agent i, then zeros."""
-    nets["n"] += 1
-    sizes = [*zip(lengths(spec, "critic"), lengths(spec, "actor"))]
-    parts = [row[: sum(size)].split(size) for row, size in zip(X, sizes)]
-    for kind, gradients in zip(("critic", "actor"), zip(*parts)):
-        m, v = nets[f"m_{kind}"], nets[f"v_{kind}"]
-        change, m, v = adam(torch.cat(gradients), m, v, nets["n"].item(), args.lr)
+def apply_update(nets, X, t, args):
+    """What eqs. (10) and (11) change, in place; X (M, P), row i is [g_q, g_p] of agent i."""
+    widths = nets["critic"].shape[1], nets["actor"].shape[1]
+    for kind, g in zip(("critic", "actor"), X.split(widths, 1)):  # g (M, width)
+        change, m, v = adam(g, nets[f"m_{kind}"], nets[f"v_{kind}"], t, args.lr)
         nets |= {f"m_{kind}": m, f"v_{kind}": v}
         nets[kind] += change
         nets[f"target_{kind}"].lerp_(nets[kind], args.tau)
 
 
-def iterate(env, spec, nets, replay, engine, args, iteration, run=None):
-    """The updates that are due, then the next episodes: so nothing has been drawn or changed when the engine
-    gives up, and the state before it can be saved. Returns {tag: value}."""
-    logs, step = {}, (iteration - 1) * args.num_envs * args.horizon  # transitions so far
-    due = step // args.update_every - math.ceil(args.learning_starts / args.update_every) + 1
-    while step >= args.learning_starts and nets["n"] < due:
-        t = nets["n"].item() + 1
-        job = make_job(spec, nets, replay.sample(spec.args.seed, t, args.batch_size), t)
-        X, losses, logs = engine.solve(t, job, run)
-        apply_update(nets, spec, X.to(args.device), args)
+def due(args, step):
+    """How many updates there have been after so many transitions."""
+    return max(0, (step - args.learning_starts) // args.update_every + 1)
+
+
+def iterate(env, spec, nets, replay, engine, args, iteration):
+    """The updates that are due, then an episode in each env. Returns {tag: value}."""
+    logs, size = {}, args.num_envs * args.horizon  # transitions of an iteration
+    step = (iteration - 1) * size
+    for t in range(due(args, step - size) + 1, due(args, step) + 1):
+        job = make_job(spec, nets, replay.sample(args.seed, t, args.batch_size), t)
+        X, losses, logs = engine.solve(t, job)
+        apply_update(nets, X.to(args.device), t, args)
         logs |= {"losses/critic": losses[:, 0].mean(), "losses/actor": losses[:, 1].mean()}
 
     # the next episodes
-    episodes = rollout(env, spec, nets["actor"], (spec.args.seed, iteration, PLAY))
+    episodes, returns = rollout(env, spec, nets["actor"], (args.seed, iteration, PLAY))
     replay.append(episodes)
-    returns = returns_of(spec, episodes).mean(0)  # (M,)
-    logs |= {f"charts/episodic_return/agent_{i}": r for i, r in enumerate(returns.tolist())}
-    return logs | {"charts/episodic_return": returns.sum()}  # over agents, as the original's
-
-
-def returns_of(spec, episodes):
-    """(B, M)"""
-    return episodes[..., -1 - len(spec.obs) : -1].sum(1)
+    logs |= {f"charts/episodic_return/agent_{i}": r for i, r in enumerate(returns.mean(0).tolist())}
+    return logs | {"charts/episodic_return": returns.sum(1).mean()}  # over agents, as the original's
 
 
 # ================================================================ 6. Evaluation
@@ -764,19 +714,17 @@ def returns_of(spec, episodes):
 # opponents measures nothing: there the sides stand apart, and each also plays a random other side.
 def evaluate(args, spec, actor):
     """{tag: value}: returns of learned and random policies, and what the env measures at an episode's end."""
-    env, flat = make_env(args, args.eval_episodes), {}
-    K = getattr(env, "num_adversaries", 0) or 0
-    adversaries = torch.arange(len(actor), device=actor.device) < sum(lengths(spec, "actor")[:K])
+    env, flat, K = make_env(args, args.eval_episodes), {}, spec.adversaries
     policies = {"eval": actor, "eval/random": 0 * actor}
     if K:
-        policies |= {"eval/random_good": actor * adversaries, "eval/random_adversaries": actor * ~adversaries}
+        adversary = (torch.arange(len(actor), device=actor.device) < K)[:, None]  # (M, 1)
+        policies |= {"eval/random_good": actor * adversary, "eval/random_adversaries": actor * ~adversary}
     for name, policy in policies.items():
         with torch.random.fork_rng():
             torch.manual_seed(args.seed % 2**32 + 10_000)
-            returns = returns_of(spec, rollout(env, spec, policy, (spec.args.seed, 0, EVAL)))
-        values = {"return": returns.sum(1)}
-        if K:
-            values |= {"adversaries": returns[:, :K].sum(1), "good": returns[:, K:].sum(1)}
+            _, returns = rollout(env, spec, policy, (args.seed, 0, EVAL))  # (B, M)
+        sides = {"adversaries": returns[:, :K].sum(1), "good": returns[:, K:].sum(1)}
+        values = sides if K else {"return": returns.sum(1)}  # (B,) each
         values |= {f"return/agent_{i}": r for i, r in enumerate(returns.T)}
         values |= env.measures() if hasattr(env, "measures") else {}
         for tag, value in values.items():
@@ -786,20 +734,15 @@ def evaluate(args, spec, actor):
 
 
 def report(args, flat, folder, step):
-    """Print what evaluate() found, a column a policy, and write eval.json. No sum over opponents."""
-    policies = [tag.removesuffix("/return") for tag in flat if tag.endswith("/return")]
-    names = ["learned", *(policy[5:].replace("_", " ") for policy in policies[1:])]
+    """Print what evaluate() found, a column a policy, and write eval.json."""
+    policies = [tag.removesuffix("/return/agent_0") for tag in flat if tag.endswith("/return/agent_0")]
+    heads = ["learned", *(policy[5:].replace("_", " ") for policy in policies[1:])]
     print(f"{args.env}: mean of {args.eval_episodes} episodes, ± 95 % interval")
-    print(" " * 20 + "".join(f"{name:>22s}" for name in names))
-    for path in flat:
-        tag = path.removeprefix("eval/random/")
-        if tag == path or tag.endswith("_ci95") or (tag == "return" and len(policies) > 2):
-            continue
-        line = f"{tag.replace('_', ' '):20s}"
-        for policy in policies:
-            cell = f"{flat[f'{policy}/{tag}']:.2f} ± {flat[f'{policy}/{tag}_ci95']:.2f}"
-            line += f"{cell:>22s}"
-        print(line)
+    print(" " * 20 + "".join(f"{head:>22s}" for head in heads))
+    tags = [path.removeprefix("eval/random/") for path in flat if path.startswith("eval/random/")]
+    for tag in tags[::2]:  # behind each stands its interval
+        cells = [f"{flat[f'{policy}/{tag}']:.2f} ± {flat[f'{policy}/{tag}_ci95']:.2f}" for policy in policies]
+        print(f"{tag.replace('_', ' '):20s}" + "".join(f"{cell:>22s}" for cell in cells))
     write_eval(folder, flat | {"global_step": step, "seed": args.seed})
 
 
@@ -807,7 +750,7 @@ def film(args, spec, actor, folder):
     """play.gif: three episodes side by side."""
     camera = envs.Camera(make_env(args, 1))
     for k in range(3):
-        rollout(camera, spec, actor, (spec.args.seed, 1 + k, EVAL))
+        rollout(camera, spec, actor, (args.seed, 1 + k, EVAL))
     print(camera.save(folder / "play.gif", {f"episode {k + 1}": k for k in range(3)}, skip=1))
 
 
@@ -917,48 +860,40 @@ def train(args):
     check(args)
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
-    env, state = make_env(args, args.num_envs), None
+    env = make_env(args, args.num_envs)
     playable(args, env)
     spec = make_spec(args, env)
-    nets, replay, iteration, step = make_nets(spec, args.device), Replay(args, spec), 0, 0
+    nets, replay = make_nets(spec, args.device), Replay(args, spec)
 
-    # continue, or evaluate
+    # an earlier run, to continue or to evaluate
+    state, iteration, step = None, 0, 0
     if path := args.resume or args.evaluate:
         state = load(path)
         for name in nets:
             nets[name].copy_(state["nets"][name])
         iteration, step = state["iteration"], state["step"]
         replay.rows[: len(state["rows"])] = state["rows"]
-        replay.stored = iteration * args.num_envs
+        replay.stored = iteration * args.num_envs  # episodes
     if args.evaluate:
         report(args, evaluate(args, spec, nets["actor"]), state["folder"], step)
         return film(args, spec, nets["actor"], state["folder"]) if args.capture_video else None
 
-    # train
     with contextlib.closing(make_engine(args, spec)) as engine, Run(args, state) as run:
-        done, why = False, None
-        while not (done or why or run.interrupted):
-            # an iteration; if the engine gives up, what was before it is saved
-            try:
-                logs = iterate(env, spec, nets, replay, engine, args, iteration + 1, run)
-                iteration += 1
-                step += args.num_envs * args.horizon
-                done = step >= args.total_steps
-            except Stopped as error:
-                why, logs = error, {}
-            # evaluate, log, save
-            milestone = bool(done or logs and args.eval_every and iteration % args.eval_every == 0)
+        done = False
+        while not (done or run.interrupted):  # an iteration: learn, play, evaluate, log, save
+            iteration += 1
+            logs = iterate(env, spec, nets, replay, engine, args, iteration)
+            step += args.num_envs * args.horizon
+            done = step >= args.total_steps
+            milestone = done or args.eval_every and iteration % args.eval_every == 0
             if milestone:
                 results = evaluate(args, spec, nets["actor"])
                 logs |= results
-            if logs:
-                run.log(logs, step, f"return {logs['charts/episodic_return']:.2f}", milestone)
-            if done or why or run.interrupted or iteration % args.save_every == 0:
+            run.log(logs, step, f"return {logs['charts/episodic_return']:.2f}", milestone)
+            if done or run.interrupted or iteration % args.save_every == 0:
                 run.save(step, nets=nets, rows=replay.rows[: replay.stored].clone(), iteration=iteration)
         if done:
             report(args, results, run.dir, step)
-        if why and not run.interrupted:
-            fail(f"{why}. All before it is in {run.dir}/checkpoint.pt: go on with --resume", code=1)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

@@ -94,6 +94,7 @@ UPDATES = {"warm-up": "test/return_warmup"} | {
 # ---------------------------------------------------------------- Coded MADDPG
 coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/", ""),
               ("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread-500k", "eval/", ""),
+              ("spread, M = 3", "MADDPG, 64 envs", "coded_maddpg-simple_spread-num-envs-64", "eval/", ""),
               ("spread, M = 8", "MADDPG",
                "coded_maddpg-simple_spread-total-steps-400000-num-agents-8", "eval/", "")]
 # A sum over opponents measures nothing: one of each side, against the learned other side. The random policy

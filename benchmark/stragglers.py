@@ -2,7 +2,7 @@
 Coded MADDPG: the time of an iteration against the number of stragglers, for each scheme.
 
   python benchmark/stragglers.py                  formula beside the paper's bars, virtual clock: 10 s
-  python benchmark/stragglers.py --processes 30   also real learner processes, 30 updates in each cell: 5 min
+  python benchmark/stragglers.py --processes 30   also real learner processes, 30 updates in each cell: 3 min
 
 Writes benchmark/results/stragglers.csv: part, world, agents, scheme, stragglers, seconds, paper.
 
@@ -17,9 +17,10 @@ process  the same, measured with processes that sleep out their 20 ms, so that t
 
 import argparse
 import datetime
+import os
 import sys
 import time
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -56,9 +57,9 @@ BARS = {  # (world, t_s, stragglers): {M: [centralised, three bars for each of S
 
 
 def mean_time(C, k, work, delay):
-    """eq. (13) over draws of the stragglers; a scheme uses its best: k of the learners that have work."""
-    k = min(k, np.count_nonzero(C.any(1)))
-    return float(np.mean([c.arrivals(C, c.slow_ones(C, 1, t, k), work, delay)[1] for t in range(DRAWS)]))
+    """eq. (13) over draws of the stragglers, k of the learners that have work."""
+    args = c.Args(num_stragglers=min(k, len(C)), agent_seconds=work, straggler_delay=delay)
+    return float(np.mean([c.arrivals(C, c.holds(C, t, args))[1] for t in range(DRAWS)]))
 
 
 def matrix(scheme, M):
@@ -87,29 +88,32 @@ def formula_rows():
                 yield "formula", "any", M, scheme, k, mean_time(C, k, WORK, DELAY), ""
 
 
-def measure(scheme, M, k, updates):
-    """Seconds of each of so many updates; the nets are small, and time is what the learners sleep."""
-    args = c.Args(num_agents=M, num_learners=N, scheme=scheme, num_stragglers=k, seed=30, num_units=8,
-                  batch_size=8, agent_seconds=WORK, straggler_delay=DELAY, replay_size=1000)
+def measure(scheme, M, updates):
+    """{stragglers: mean seconds of so many updates}; the nets are small: time is what learners sleep."""
+    args = c.Args(num_agents=M, num_learners=N, scheme=scheme, seed=30, num_units=8, batch_size=8,
+                  agent_seconds=WORK, straggler_delay=DELAY, replay_size=1000)
     torch.set_num_threads(1)
     env = c.make_env(args, args.num_envs)
     spec = c.make_spec(args, env)
     nets, replay = c.make_nets(spec, "cpu"), c.Replay(args, spec)
-    replay.append(c.rollout(env, spec, nets["actor"], (1, 1, c.PLAY)))
-    engine, times = c.make_engine(args, spec), []
-    for t in range(1, updates + 3):
-        job = c.make_job(spec, nets, replay.sample(1, t, args.batch_size), t)
-        begin = time.perf_counter()
-        engine.solve(t, job, SimpleNamespace(interrupted=False))
-        times.append(time.perf_counter() - begin)
+    replay.append(c.rollout(env, spec, nets["actor"], (1, 1, c.PLAY))[0])
+    engine, times, t = c.make_engine(args, spec), {}, 0
+    for k in (0, 0, 2, 4, 7):  # the first time learners start
+        engine.args, times[k] = replace(args, num_stragglers=k), []
+        for _ in range(updates):
+            t += 1
+            job = c.make_job(spec, nets, replay.sample(1, t, args.batch_size), t)
+            begin = time.perf_counter()
+            engine.solve(t, job)
+            times[k].append(time.perf_counter() - begin)
     engine.close()
-    return times[2:]  # learners have started
+    return {k: float(np.mean(found)) for k, found in times.items()}
 
 
 def process_rows(updates):
     for scheme in [*SCHEMES, "sparse-mds"]:
-        for k in (0, 2, 4, 7):
-            yield "process", "any", 8, scheme, k, float(np.mean(measure(scheme, 8, k, updates))), ""
+        for k, seconds in measure(scheme, 8, updates).items():
+            yield "process", "any", 8, scheme, k, seconds, ""
 
 
 if __name__ == "__main__":
@@ -117,9 +121,11 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, default=0, metavar="UPDATES", help="also measure processes")
     updates = parser.parse_args().processes
     rows = [["part", "world", "agents", "scheme", "stragglers", "seconds", "paper"]]
-    for *row, seconds, paper in [*paper_rows(), *formula_rows(), *(process_rows(updates) if updates else ())]:
-        rows.append([*row, f"{seconds:.4f}", paper])
-        print(f"{' '.join(map(str, row)):46s} {seconds:8.3f} {paper}")
+    for part in paper_rows(), formula_rows(), process_rows(updates) if updates else ():
+        for *row, seconds, paper in part:
+            rows.append([*row, f"{seconds:.4f}", paper])
+            print(f"{' '.join(map(str, row)):46s} {seconds:8.3f} {paper}", flush=True)
     write_result(ROOT / "benchmark" / "results" / "stragglers.csv", {
         "command": f"python benchmark/stragglers.py {' '.join(sys.argv[1:])}".strip(), "machine": machine(),
-        "commit": commit(), "date": datetime.date.today()}, rows)
+        "commit": commit(), "date": datetime.date.today(),
+        "note": f"load average {os.getloadavg()[0]:.1f}; without other jobs it is about 1"}, rows)
