@@ -276,50 +276,61 @@ def look_up(table, state):
     return rows.unflatten(1, state.shape[1:])
 
 
-def linear(x, weight, bias):
-    """A layer of each chain: x (C, n, in) -> (C, n, out)."""
-    return torch.baddbmm(bias[:, None], x, weight.mT)
+def step_weights(p, indexed):
+    """The LSTM's parts as each of its steps uses them. An index picks a column of w1, so what follows w1 is
+    worked out for all S states beforehand; of numbers, the bias becomes the weight of a constant 1."""
+    bias = (p["b_ih"] + p["b_hh"])[..., None]  # (C, 4H, 1)
+    if indexed:
+        w_in = torch.baddbmm(bias, p["w_ih"], F.relu(p["w1"] + p["b1"][..., None]))  # (C, 4H, S)
+    else:
+        w_in = torch.cat([p["w_ih"], bias], 2)  # (C, 4H, H+1)
+    return p | {"w_in": w_in}
 
 
-def gate_inputs(p, state):
-    """What the states (C, T, K[, S]) add to the LSTM's four gates -> (C, T, K, 4H)."""
-    bias = p["b_ih"] + p["b_hh"]
-    if not state.is_floating_point():  # an index: a one-hot vector picks a column of w1, so S rows are enough
-        x = F.relu(p["w1"].mT + p["b1"][:, None])  # (C, S, H)
-        return look_up(linear(x, p["w_ih"], bias), state)
-    x = state.flatten(1, 2).to(bias.dtype)  # (C, TK, S)
-    x = F.relu(linear(x, p["w1"], p["b1"]))  # (C, TK, H)
-    return linear(x, p["w_ih"], bias).unflatten(1, state.shape[1:3])
+def step_inputs(p, state):
+    """What w_in is multiplied with at states (C, T, K[, S]) -> (C, T, S or H+1, K)."""
+    if not state.is_floating_point():
+        return F.one_hot(state, p["w_in"].shape[-1]).to(p["w_in"].dtype).mT
+    x = p["w1"][:, None] @ state.to(p["w_in"].dtype).mT
+    x = F.relu(x + p["b1"][:, None, :, None])  # (C, T, H, K)
+    return torch.cat([x, torch.ones_like(x[:, :, :1])], 2)
 
 
 def outputs(player, state, memory=None):
-    """(C, T, K[, S]) states -> (C, T, K, A), and the LSTM's memory (h, c) after the last, each (C, K, H)."""
-    p, hs = player.parts(), []
-    if "table" in p:
-        return look_up(p["table"], state), None
-    steps = gate_inputs(p, state).unbind(1)  # T times (C, K, 4H)
-    w_hh = p["w_hh"].mT  # (C, H, 4H)
-    zero = torch.zeros_like(steps[0].chunk(4, -1)[0])
-    h, c = memory or (zero, zero)
-    for z in steps:
-        z = torch.baddbmm(z, h, w_hh)
-        i, f, g, o = z.chunk(4, -1)  # each (C, K, H)
-        i, f, o = i.sigmoid(), f.sigmoid(), o.sigmoid()
-        c = f * c + i * torch.tanh(g)
-        h = o * torch.tanh(c)
-        hs.append(h)
-    out = linear(torch.cat(hs, 1), p["w2"], p["b2"])  # (C, TK, A)
-    return out.unflatten(1, (len(hs), -1)), (h, c)
+    """(C, T, K[, S]) states -> (C, T, K, A), and what an LSTM needs to go on: its weights, h and c."""
+    if "table" in player.shapes:
+        return look_up(player.parts()["table"], state), None
+    if memory is None:
+        p = step_weights(player.parts(), not state.is_floating_point())
+        zero = player.flat.new_zeros(len(state), p["w_hh"].shape[-1], state.shape[2])
+        memory = p, zero, zero
+    p, h, c = memory
+    b2, out = p["b2"][..., None], []
+    for x in step_inputs(p, state).unbind(1):  # (C, S or H+1, K)
+        z = torch.baddbmm(p["w_in"] @ x, p["w_hh"], h)
+        i, f, g, o = z.chunk(4, 1)  # each (C, H, K)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        out.append(torch.baddbmm(b2, p["w2"], h))  # not after a stack of all h: slow to differentiate twice
+    return torch.stack(out, 1).mT, (p, h, c)
 
 
-def policy(player, state, memory=None):
-    """pi(.|s) at (C, T, K[, S]) states, a torch distribution, and the memory."""
-    out, memory = outputs(player, state, memory)  # (C, T, K, A)
+def policy(player, out):
+    """pi(.|s), a torch distribution, from the outputs (C, T, K, A) of the network."""
     if "log_std" not in player.shapes:
-        return Categorical(logits=out, validate_args=False), memory  # [D7]
+        return Categorical(logits=out, validate_args=False)  # [D7]
     log_std = player.parts()["log_std"].clamp(min=math.log(1e-6))  # (C, A)
     std = log_std.exp()[:, None, None]  # the same in every state
-    return Independent(Normal(out, std, validate_args=False), 1), memory
+    return Independent(Normal(out, std, validate_args=False), 1)
+
+
+def log_prob(player, state, action):
+    """log pi(a|s) of states (C, T, K[, S]) and actions (C, T, K[, A]) -> (C, T, K)."""
+    if "table" not in player.shapes:
+        return policy(player, outputs(player, state)[0]).log_prob(action)
+    log_pi = player.parts()["table"].log_softmax(-1)  # (C, S, A)
+    index = state * log_pi.shape[-1] + action
+    return look_up(log_pi.flatten(1)[..., None], index)[..., 0]
 
 
 # ================================================================ 3. Rollout
@@ -328,6 +339,11 @@ class Batch(NamedTuple):
     state: torch.Tensor  # (C, H, K[, S]) what all agents saw
     action: torch.Tensor  # (C, H, K, N[, A])
     reward: torch.Tensor  # (C, N, H, K) as the environment gives it
+
+
+def thresholds(logits):
+    """(..., A) -> (..., A-1): a number from U(0, 1) that exceeds n of them means action n."""
+    return logits.softmax(-1).cumsum(-1)[..., :-1]
 
 
 @torch.no_grad()
@@ -341,17 +357,23 @@ def rollout(env, players, part=(0, 1)):
     else:
         noise = torch.randn(shape + [env.action_dims[0]])
     noise = noise.to(env.device)[:, rank * C : (rank + 1) * C]  # (H, C, K, N[, A])
+    tables = {}  # thresholds of all states at once
+    for a, p in enumerate(players):
+        if "table" in p.shapes:
+            tables[a] = thresholds(p.parts()["table"])
     obs, memory, steps = env.reset(), [None] * env.num_agents, []
     for t in range(env.horizon):
         state = obs[0].unflatten(0, (C, -1))  # (C, K[, S])
-        actions = []  # N times (C, K[, A])
+        now, actions = state[:, None], []  # N times (C, K[, A])
         for a, p in enumerate(players):
-            pi, memory[a] = policy(p, state[:, None], memory[a])
             u = noise[t, :, :, a]  # (C, K[, A])
-            if env.discrete:  # the inverse transform of U(0, 1)
-                below = pi.probs[:, 0].cumsum(-1)  # (C, K, A)
-                action = (u[..., None] > below[..., :-1]).sum(-1)
+            if a not in tables:
+                out, memory[a] = outputs(p, now, memory[a])
+            if env.discrete:
+                limits = look_up(tables[a], now) if a in tables else thresholds(out)
+                action = (u[..., None] > limits[:, 0]).sum(-1)
             else:
+                pi = policy(p, out[:, 0, None])
                 action = pi.mean[:, 0] + pi.stddev[:, 0] * u
             actions.append(action)
         obs, reward, *_ = env.step([action.flatten(0, 1) for action in actions])
@@ -386,11 +408,13 @@ def linear_baseline(state, reward, gamma, ridge=1e-5):
     """eq. (1): ridge regression of the return-to-go on [s, s^2, 1, t, t^2, t^3], t in hundreds of steps, for
     each chain and agent. state (C, H, K[, S]), reward (C, N, H, K) -> (C, N, H, K), constant for autograd."""
     C, N, H, K = reward.shape
-    s = state if state.is_floating_point() else F.one_hot(state)
-    t = torch.arange(H, device=s.device).double() / 100
-    time = t[:, None, None] ** torch.arange(4, device=s.device)  # (H, 1, 4)
-    x = torch.cat([s, s**2, time.expand(C, H, K, 4)], -1)
-    x = x.flatten(1, 2).double()  # (C, HK, 2S+4)
+    t = torch.arange(H, device=reward.device).double() / 100
+    time = t[:, None, None] ** torch.arange(4, device=reward.device)  # (H, 1, 4)
+    if state.is_floating_point():
+        s = torch.cat([state, state**2], -1).double()
+    else:
+        s = F.one_hot(state) * math.sqrt(2)  # s^2 = s, both at once
+    x = torch.cat([s, time.expand(C, H, K, 4)], -1).flatten(1, 2)  # (C, HK, S+4 or 2S+4)
     ret = returns_to_go(reward.double(), gamma)
     target = ret.flatten(2).mT  # (C, HK, N) [D1]
     eye = torch.eye(x.shape[-1]).to(x)
@@ -467,8 +491,7 @@ def log_probs(players, batch):
     """log pi^a of the actions that were taken, (C, N, H, K)."""
     out = []
     for p, action in zip(players, batch.action.unbind(3)):
-        pi, _ = policy(p, batch.state)
-        out.append(pi.log_prob(action))  # (C, H, K)
+        out.append(log_prob(p, batch.state, action))  # (C, H, K)
     return torch.stack(out, 1)
 
 
@@ -556,7 +579,7 @@ def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), train
             error = value - returns_to_go(reward, args.gamma)
             critic_loss = critic_loss + (error**2).mean((1, 2))
         elif training and l == 0:
-            entropy = policy(actor, batch.state)[0].entropy()
+            entropy = policy(actor, outputs(actor, batch.state)[0]).entropy()
             loss = loss - args.ent_coef * entropy.sum(1).mean(-1)
         # every agent learns from it; peers who are only modelled take a step of their own
         if l < length:
