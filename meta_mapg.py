@@ -147,10 +147,10 @@ CHEETAH = dict(
     peer_lr=0.005, outer_lr=1e-3, critic_lr=1e-3, reward_scale=0.01, total_steps=15_000_000, eval_every=100)
 PRESETS = {"ipd": {}, "rps": RPS, "rps3": RPS, "rps4": RPS, "half_cheetah_dir": CHEETAH}  # what differs ...
 LSTM = dict(  # [D2] [D4]
-    policy="lstm", gradient="sampled", num_chains=8, critic_lr=1.4e-3, total_steps=100_000_000, eval_every=20,
+    policy="lstm", gradient="sampled", num_chains=8, critic_lr=2e-3, total_steps=48_000_000, eval_every=20,
     dice_lambda=0.9, link_clip=20.0, max_grad_norm=300.0, grow_chains=True, anneal_lr=True)
 LSTM_PRESETS = {  # ... and with --policy lstm in games
-    "ipd": LSTM | dict(inner_lr=0.1, outer_lr=8.5e-4, ent_coef=0.5),
+    "ipd": LSTM | dict(inner_lr=0.1, outer_lr=1.2e-3, ent_coef=0.5),
     "rps": RPS | LSTM | dict(inner_lr=0.01, outer_lr=2.8e-4)}
 
 
@@ -276,43 +276,34 @@ def look_up(table, state):
     return rows.unflatten(1, state.shape[1:])
 
 
-def step_weights(p, indexed):
-    """The LSTM's parts as each of its steps uses them. An index picks a column of w1, so what follows w1 is
-    worked out for all S states beforehand; of numbers, the bias becomes the weight of a constant 1."""
+def lstm_inputs(p, state):
+    """What the recurrence reads at states (C, T, K[, S]): x (C, T, X, K), and its weights (C, 4H, X)."""
     bias = (p["b_ih"] + p["b_hh"])[..., None]  # (C, 4H, 1)
-    if indexed:
-        w_in = torch.baddbmm(bias, p["w_ih"], F.relu(p["w1"] + p["b1"][..., None]))  # (C, 4H, S)
-    else:
-        w_in = torch.cat([p["w_ih"], bias], 2)  # (C, 4H, H+1)
-    return p | {"w_in": w_in}
-
-
-def step_inputs(p, state):
-    """What w_in is multiplied with at states (C, T, K[, S]) -> (C, T, S or H+1, K)."""
-    if not state.is_floating_point():
-        return F.one_hot(state, p["w_in"].shape[-1]).to(p["w_in"].dtype).mT
-    x = p["w1"][:, None] @ state.to(p["w_in"].dtype).mT
-    x = F.relu(x + p["b1"][:, None, :, None])  # (C, T, H, K)
-    return torch.cat([x, torch.ones_like(x[:, :, :1])], 2)
+    w1, b1 = p["w1"], p["b1"][..., None]
+    if not state.is_floating_point():  # x is one-hot: what it passes on its way is worked out for S columns
+        x = F.one_hot(state, w1.shape[-1]).to(w1.dtype)
+        return x.mT, torch.baddbmm(bias, p["w_ih"], F.relu(w1 + b1))
+    x = F.relu(w1[:, None] @ state.to(w1.dtype).mT + b1[:, None])  # (C, T, H, K)
+    x = torch.cat([x, torch.ones_like(x[:, :, :1])], 2)  # for the bias
+    return x, torch.cat([p["w_ih"], bias], 2)
 
 
 def outputs(player, state, memory=None):
-    """(C, T, K[, S]) states -> (C, T, K, A), and what an LSTM needs to go on: its weights, h and c."""
-    if "table" in player.shapes:
-        return look_up(player.parts()["table"], state), None
-    if memory is None:
-        p = step_weights(player.parts(), not state.is_floating_point())
-        zero = player.flat.new_zeros(len(state), p["w_hh"].shape[-1], state.shape[2])
-        memory = p, zero, zero
-    p, h, c = memory
-    b2, out = p["b2"][..., None], []
-    for x in step_inputs(p, state).unbind(1):  # (C, S or H+1, K)
-        z = torch.baddbmm(p["w_in"] @ x, p["w_hh"], h)
+    """(C, T, K[, S]) states -> (C, T, K, A), and the LSTM's memory (h, c) after the last, each (C, H, K)."""
+    p, out = player.parts(), []
+    if "table" in p:
+        return look_up(p["table"], state), None
+    x, w_in = lstm_inputs(p, state)
+    w_hh, w2, b2 = p["w_hh"], p["w2"], p["b2"][..., None]
+    zero = w_hh.new_zeros(len(w_hh), w_hh.shape[-1], x.shape[-1])
+    h, c = memory or (zero, zero)
+    for x_t in x.unbind(1):  # (C, X, K)
+        z = torch.baddbmm(w_in @ x_t, w_hh, h)
         i, f, g, o = z.chunk(4, 1)  # each (C, H, K)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
-        out.append(torch.baddbmm(b2, p["w2"], h))  # not after a stack of all h: slow to differentiate twice
-    return torch.stack(out, 1).mT, (p, h, c)
+        out.append(torch.baddbmm(b2, w2, h))  # w2 after a stack of all h would be slow to differentiate twice
+    return torch.stack(out, 1).mT, (h, c)
 
 
 def policy(player, out):
@@ -467,7 +458,7 @@ def exact_value(x, y, reward_table, gamma, horizon):
 # create_graph keeps every inner update differentiable: one backward pass walks the whole chain. Each chain
 # has its own copies of phi_0 and eta, so that gradients come out chain by chain, as eq. (6) needs them.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: 0, 1 without
-GROWTH = ((0.0, 1), (0.4, 3), (0.75, math.inf))  # from this share of all steps on so many updates [D4]
+GROWTH = ((0.0, 1), (0.25, 3), (0.6, math.inf))  # from this share of all steps on so many updates [D4]
 
 
 class Chain(NamedTuple):

@@ -76,16 +76,6 @@ def mixed(value, y, x):
 
 
 # ---------------------------------------------------------------- the chain of learners, nothing sampled
-def test_toy_game_gradients_with_and_without_peer_learning():  # T1, eq. (3): V^i = x y = -V^j, steps of .75
-    x, y = (v[:, None].requires_grad_() for v in (numbers(0.5, 0.2), numbers(-0.4, 0.9)))
-    p, q = m.Player(x, {}), m.Player(y, {})
-    new = m.ascend([p, q], torch.cat([x * y, -x * y], 1), [0.75, torch.full((2, 1), 0.75)], True)
-    for peer, expected in (new[1], (-0.925, 0.09375)), (new[1].constant(), (-0.775, 0.75)):
-        v1 = (new[0].flat * peer.flat)[:, 0]
-        close(v1, numbers(-0.155, 0.65625))
-        close(grad(v1.sum(), x, retain_graph=True)[:, 0], numbers(*expected))
-
-
 def test_exact_value_of_known_tables():  # T2, eq. (8)
     uniform, mostly_c = torch.zeros(1, 5, 2).double(), numbers(0.25, 0.75).log().expand(1, 5, 2)
     for H in (1, 2, 7, 150):
@@ -136,13 +126,11 @@ def test_exact_meta_gradient(L, H, method, value, expected):  # T3
     close(g[:, 0], -g[:, 1])
 
 
-def test_exact_meta_gradient_and_that_of_eta_equal_finite_differences():  # T3, eq. (3)
-    args, eta = arguments(chain_length=2), numbers(0.1, 0.4)[None]
-    x, free = X.clone().requires_grad_(), eta.clone().requires_grad_()
-    g = torch.autograd.grad(chain(x, args, free)[0], [x, free])
-    close(g[0], central(lambda x: chain(x, args, eta)[0].detach(), X), atol=1e-8, rtol=0)
-    close(g[1], central(lambda e: chain(X, args, e)[0].detach(), eta), atol=1e-8, rtol=0)
-    assert g[1].abs().min() > 0.01
+def test_gradient_of_the_step_sizes_equals_finite_differences():  # T3, eq. (3)
+    args, eta = arguments(chain_length=2), numbers(0.1, 0.4)[None].requires_grad_()
+    g = grad(chain(X, args, eta)[0], eta)
+    close(g, central(lambda e: chain(X, args, e)[0].detach(), eta.detach()), atol=1e-8, rtol=0)
+    assert g.abs().min() > 0.01
 
 
 def test_the_two_ablations_add_up_to_the_whole_in_a_chain_of_one():  # [D6]
@@ -165,7 +153,7 @@ def test_lola_looks_ahead_with_the_peer_alone_and_reinforce_not_at_all():  # [D6
 
 def test_chains_grow_and_only_with_the_flag():  # [D4]
     args = arguments(chain_length=7, grow_chains=True)
-    assert [m.chain_plan(args, p)[0] for p in (0, 0.39, 0.4, 0.74, 0.75, 1)] == [1, 1, 3, 3, 7, 7]
+    assert [m.chain_plan(args, p)[0] for p in (0, 0.24, 0.25, 0.59, 0.6, 1)] == [1, 1, 3, 3, 7, 7]
     assert m.chain_plan(arguments(chain_length=2, grow_chains=True), 0.5)[0] == 2
     assert m.chain_plan(arguments(chain_length=7), 0)[0] == 7
 
@@ -203,29 +191,6 @@ def test_loaded_dice_has_the_derivatives_of_the_expectation(with_baseline):  # T
     close(mixed(shaped[1], y, x), second, atol=1e-14, rtol=0)
     assert mixed(own[1], y, x).abs().max() == 0  # own nodes: the peer's step ignores us
     assert (mixed(forgetful[1], y, x) - second).abs().max() > 0.01  # lambda < 1: a bias
-
-
-PENNIES = torch.tensor([[[1, -1], [-1, 1]], [[-1, 1], [1, -1]]]).double()  # [a^i, a^j] -> r^i, r^j
-
-
-@pytest.mark.parametrize("K, wanted", [(1, 0.24423993), (2, 0.25804638), (3, 0.26271466), (4, 0.26511605)])
-def test_expectation_of_the_estimator(K, wanted):  # T6, eq. (5): all 4^K batches of one-shot matching pennies
-    x = numbers(0.2, -0.3)[None, None].requires_grad_()
-    actions = torch.tensor(list(itertools.product(range(2), repeat=2 * K))).view(-1, 1, K, 2)
-    tables = x, numbers(-0.5, 0.4)[None, None].requires_grad_()
-    players = [player(p.expand(len(actions), -1, -1)) for p in tables]
-    reward = PENNIES[actions[..., 0], actions[..., 1]].movedim(-1, 1)
-    batch = m.Batch(torch.zeros_like(actions[..., 0]), actions, reward)
-    logprob = m.log_probs(players, batch)
-    nodes = logprob.sum(1, keepdim=True).expand_as(logprob)
-    objective = m.dice_objective(nodes, reward, torch.zeros_like(reward), 0.96)
-    new, loss = m.ascend(players, objective, [0.1, 1.0], True), 0.0
-    for a in itertools.product(range(2), repeat=2):  # the four outcomes of tau_1
-        action = torch.tensor(a).expand(4**K, 1, K, 2)
-        lp_1 = m.log_probs(new, m.Batch(torch.zeros_like(action[..., 0]), action, None))
-        weight = (logprob.sum((1, 2, 3)).exp() * lp_1[..., 0].sum((1, 2)).exp()).detach()
-        loss = loss + weight @ m.outer_loss(lp_1, PENNIES[a][0].expand(4**K, 1, K), "meta-mapg")
-    assert abs(-grad(loss, x)[0, 0, 1] - wanted) < 1e-8
 
 
 def test_outer_loss_equals_its_sum_written_out():  # eq. (5), [D3]
@@ -425,46 +390,6 @@ def test_training_and_test_take_the_same_step_and_only_shaping_reaches_the_peer(
     weight = 0.96 ** torch.arange(8.0).double()[:, None] * (m.returns_to_go(batch.reward[:, 0], 0.96) - b)
     g = grad((logprob[:, 0] * weight).sum(1).mean(1).sum(), run.leaves[0].flat)
     close(steps[0][:, :10], run.leaves[0].flat + g * run.args.inner_lr)
-
-
-@pytest.mark.parametrize("policy", ["table", "lstm"])
-def test_the_two_losses_share_no_parameters(policy):  # T12
-    torch.manual_seed(0)
-    run = sampled(policy=policy)
-    actor, critic = (p.flat for p in run.leaves)
-    for loss, own, other in (run.out.loss, actor, critic), (run.out.critic_loss, critic, actor):
-        assert (grad(loss.sum(), own, retain_graph=True) != 0).any()
-        assert (grad(loss.sum(), other, retain_graph=True) == 0).all()
-
-
-def test_entropy_of_phi_0_and_critic_loss_in_closed_form():
-    start = SimpleNamespace(leaves=(player(torch.zeros(2, 5, 2)), player(torch.full((2, 5, 1), 0.7))),
-                            tasks=torch.zeros(2, 1, 5, 2))
-    runs = []
-    for weight in 0.0, 0.5:
-        torch.manual_seed(0)
-        runs.append(sampled(given=start, ent_coef=weight, gamma=0.0))
-    bonus = torch.full((2,), -0.5 * 5 * math.log(2) / 3).double()  # H ln 2 / (L + 1)
-    close(runs[1].out.loss - runs[0].out.loss, bonus)
-    mean = runs[0].out.reward[:, 1:, 0]  # with gamma = 0 the target is the reward, -1.5 to 1.5
-    assert (runs[0].out.critic_loss >= ((0.7 - mean) ** 2).sum(1) / 3 - 1e-6).all()
-
-
-def test_sampled_inner_gradient_equals_the_exact_one():  # T13
-    torch.manual_seed(0)
-    C, K = 40, 500  # 20,000 episodes
-    args = arguments(gradient="sampled")
-    env = m.make_env(args, C * K)
-    players = [player(p.expand(C, 5, 2)).constant() for p in (X, Y)]
-    batch = m.rollout(env, players)
-    new = m.inner_update(players, m.log_probs(players, batch), batch, [1.0, 1.0], args, training=False)
-    x, y = X[None].clone().requires_grad_(), Y[None].clone().requires_grad_()
-    value = m.exact_value(x, y, IPD, 0.96, 10)[0]
-    for a, z in (0, x), (1, y):
-        g = new[a].flat - players[a].flat
-        error = (g.mean(0) - grad(value[a], z, retain_graph=True)[0].flatten()) / (g.std(0) / math.sqrt(C))
-        assert error.abs().max() < 4
-        assert (g.std(0) / math.sqrt(C)).max() < 0.03 * g.mean(0).norm()  # else it shows nothing
 
 
 VARIANTS = [dict(), dict(method="no-own-learning"), dict(method="meta-pg"), dict(method="lola-dice"),
