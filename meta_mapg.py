@@ -200,12 +200,12 @@ def make_env(args, num_envs, part=(0, 1)):
 
 def playable(args, env):
     """End in one line if these arguments and this env, perhaps one's own, do not fit."""
-    exact, table = args.gradient == "exact", args.policy == "table"
+    table = args.policy == "table"
     if not hasattr(env, "tasks_by_class"):
         fail(f"{args.env} has no peers as tasks")
     if len(set(env.obs_dims)) > 1 or len(set(env.action_dims)) > 1:
         fail(f"{args.env}: all agents must have observations and actions of the same size")
-    if exact and (not table or args.env != "ipd" or args.opponent_model):
+    if args.gradient == "exact" and (not table or args.env != "ipd" or args.opponent_model):
         fail("--gradient exact needs --env ipd, --policy table and no --opponent-model, which fits samples")
     if not env.discrete and (table or args.opponent_model):
         fail(f"{args.env} is played by LSTMs: no --policy table, no --opponent-model")
@@ -278,14 +278,12 @@ def look_up(table, state):
 
 def lstm_inputs(p, state):
     """What the recurrence reads at states (C, T, K[, S]): x (C, T, X, K), and its weights (C, 4H, X)."""
-    bias = (p["b_ih"] + p["b_hh"])[..., None]  # (C, 4H, 1)
     w1, b1 = p["w1"], p["b1"][..., None]
     if not state.is_floating_point():  # x is one-hot: what it passes on its way is worked out for S columns
         x = F.one_hot(state, w1.shape[-1]).to(w1.dtype)
-        return x.mT, torch.baddbmm(bias, p["w_ih"], F.relu(w1 + b1))
-    x = F.relu(w1[:, None] @ state.to(w1.dtype).mT + b1[:, None])  # (C, T, H, K)
-    x = torch.cat([x, torch.ones_like(x[:, :, :1])], 2)  # for the bias
-    return x, torch.cat([p["w_ih"], bias], 2)
+        return x.mT, p["w_ih"] @ F.relu(w1 + b1)
+    x = w1[:, None] @ state.to(w1.dtype).mT  # (C, T, H, K)
+    return F.relu(x + b1[:, None]), p["w_ih"]
 
 
 def outputs(player, state, memory=None):
@@ -295,10 +293,12 @@ def outputs(player, state, memory=None):
         return look_up(p["table"], state), None
     x, w_in = lstm_inputs(p, state)
     w_hh, w2, b2 = p["w_hh"], p["w2"], p["b2"][..., None]
+    bias = (p["b_ih"] + p["b_hh"])[..., None]  # (C, 4H, 1)
     zero = w_hh.new_zeros(len(w_hh), w_hh.shape[-1], x.shape[-1])
     h, c = memory or (zero, zero)
     for x_t in x.unbind(1):  # (C, X, K)
-        z = torch.baddbmm(w_in @ x_t, w_hh, h)
+        z = torch.baddbmm(bias, w_in, x_t)
+        z = torch.baddbmm(z, w_hh, h)
         i, f, g, o = z.chunk(4, 1)  # each (C, H, K)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
@@ -310,18 +310,8 @@ def policy(player, out):
     """pi(.|s), a torch distribution, from the outputs (C, T, K, A) of the network."""
     if "log_std" not in player.shapes:
         return Categorical(logits=out, validate_args=False)  # [D7]
-    log_std = player.parts()["log_std"].clamp(min=math.log(1e-6))  # (C, A)
-    std = log_std.exp()[:, None, None]  # the same in every state
+    std = player.parts()["log_std"].exp()[:, None, None]  # (C, 1, 1, A): the same in every state
     return Independent(Normal(out, std, validate_args=False), 1)
-
-
-def log_prob(player, state, action):
-    """log pi(a|s) of states (C, T, K[, S]) and actions (C, T, K[, A]) -> (C, T, K)."""
-    if "table" not in player.shapes:
-        return policy(player, outputs(player, state)[0]).log_prob(action)
-    log_pi = player.parts()["table"].log_softmax(-1)  # (C, S, A)
-    index = state * log_pi.shape[-1] + action
-    return look_up(log_pi.flatten(1)[..., None], index)[..., 0]
 
 
 # ================================================================ 3. Rollout
@@ -343,30 +333,26 @@ def rollout(env, players, part=(0, 1)):
     rank, world = part
     C = len(players[0].flat)
     shape = [env.horizon, world * C, env.num_envs // C, env.num_agents]
-    if env.discrete:
-        noise = torch.rand(shape)
-    else:
-        noise = torch.randn(shape + [env.action_dims[0]])
+    noise = torch.rand(shape) if env.discrete else torch.randn(shape + [env.action_dims[0]])
     noise = noise.to(env.device)[:, rank * C : (rank + 1) * C]  # (H, C, K, N[, A])
-    tables = {}  # thresholds of all states at once
-    for a, p in enumerate(players):
-        if "table" in p.shapes:
-            tables[a] = thresholds(p.parts()["table"])
-    obs, memory, steps = env.reset(), [None] * env.num_agents, []
+    # memory: of a table the thresholds of all its states, of an LSTM what it remembers
+    memory = [thresholds(p.parts()["table"]) if "table" in p.shapes else None for p in players]
+    obs, steps = env.reset(), []
     for t in range(env.horizon):
         state = obs[0].unflatten(0, (C, -1))  # (C, K[, S])
         now, actions = state[:, None], []  # N times (C, K[, A])
         for a, p in enumerate(players):
             u = noise[t, :, :, a]  # (C, K[, A])
-            if a not in tables:
-                out, memory[a] = outputs(p, now, memory[a])
-            if env.discrete:
-                limits = look_up(tables[a], now) if a in tables else thresholds(out)
-                action = (u[..., None] > limits[:, 0]).sum(-1)
+            if "table" in p.shapes:
+                limits = look_up(memory[a], now)
             else:
-                pi = policy(p, out[:, 0, None])
-                action = pi.mean[:, 0] + pi.stddev[:, 0] * u
-            actions.append(action)
+                out, memory[a] = outputs(p, now, memory[a])
+                limits = thresholds(out)
+            if env.discrete:
+                actions.append((u[..., None] > limits[:, 0]).sum(-1))  # the inverse transform
+            else:
+                pi = policy(p, out)
+                actions.append(pi.mean[:, 0] + pi.stddev[:, 0] * u)
         obs, reward, *_ = env.step([action.flatten(0, 1) for action in actions])
         steps.append((state, torch.stack(actions, 2), reward.unflatten(0, (C, -1))))
     state, action, reward = (torch.stack(x, 1) for x in zip(*steps))
@@ -377,7 +363,7 @@ def rollout(env, players, part=(0, 1)):
 # Pure functions of tensors. Time is dimension -2 and the episode dimension -1 in (..., H, K).
 def decay(x, factor):
     """(H, H) of factor^(t-u), t >= u, for x (..., H, K): decay @ x sums the past, decay.mT @ x the future."""
-    t = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)
+    t = torch.arange(x.shape[-2]).to(x)
     return (factor ** (t[:, None] - t).clamp(min=0)).tril()
 
 
@@ -388,9 +374,7 @@ def returns_to_go(reward, gamma):
 
 def gae(reward, value, gamma, gae_lambda):
     """eq. (4): A_t = sum_u (gamma lambda)^u delta_{t+u}, delta_t = r_t + gamma v_{t+1} - v_t, and v_H = 0."""
-    assert reward.shape == value.shape
-    end = torch.zeros_like(value[..., :1, :])
-    next_value = torch.cat([value[..., 1:, :], end], -2)
+    next_value = F.pad(value[..., 1:, :], (0, 0, 0, 1))
     delta = reward + gamma * next_value - value
     return returns_to_go(delta, gamma * gae_lambda)
 
@@ -399,13 +383,11 @@ def linear_baseline(state, reward, gamma, ridge=1e-5):
     """eq. (1): ridge regression of the return-to-go on [s, s^2, 1, t, t^2, t^3], t in hundreds of steps, for
     each chain and agent. state (C, H, K[, S]), reward (C, N, H, K) -> (C, N, H, K), constant for autograd."""
     C, N, H, K = reward.shape
-    t = torch.arange(H, device=reward.device).double() / 100
-    time = t[:, None, None] ** torch.arange(4, device=reward.device)  # (H, 1, 4)
-    if state.is_floating_point():
-        s = torch.cat([state, state**2], -1).double()
-    else:
-        s = F.one_hot(state) * math.sqrt(2)  # s^2 = s, both at once
-    x = torch.cat([s, time.expand(C, H, K, 4)], -1).flatten(1, 2)  # (C, HK, S+4 or 2S+4)
+    s = state if state.is_floating_point() else F.one_hot(state)
+    t = torch.arange(H, device=s.device).double() / 100
+    time = t[:, None, None] ** torch.arange(4, device=s.device)  # (H, 1, 4)
+    x = torch.cat([s, s**2, time.expand(C, H, K, 4)], -1)
+    x = x.flatten(1, 2)  # (C, HK, 2S+4), doubles
     ret = returns_to_go(reward.double(), gamma)
     target = ret.flatten(2).mT  # (C, HK, N) [D1]
     eye = torch.eye(x.shape[-1]).to(x)
@@ -480,9 +462,14 @@ def chain_plan(args, progress):
 
 def log_probs(players, batch):
     """log pi^a of the actions that were taken, (C, N, H, K)."""
-    out = []
+    out = []  # N times (C, H, K)
     for p, action in zip(players, batch.action.unbind(3)):
-        out.append(log_prob(p, batch.state, action))  # (C, H, K)
+        if "table" in p.shapes:  # normalise S rows instead of HK
+            log_pi = p.parts()["table"].log_softmax(-1)  # (C, S, A)
+            index = batch.state * log_pi.shape[-1] + action
+            out.append(look_up(log_pi.flatten(1)[..., None], index)[..., 0])
+        else:
+            out.append(policy(p, outputs(p, batch.state)[0]).log_prob(action))
     return torch.stack(out, 1)
 
 
@@ -540,9 +527,7 @@ def fit_opponent(model, batch, agent):
 def peers_of(tasks, env):
     """(C, N-1, S, A) logits, or (C, N-1, P) weights of Gaussian LSTMs -> N-1 players."""
     S, A = env.obs_dims[0], env.action_dims[0]
-    shapes = {"table": (S, A)}
-    if not env.discrete:
-        shapes = lstm_shapes(S, A, gaussian=True)
+    shapes = {"table": (S, A)} if env.discrete else lstm_shapes(S, A, gaussian=True)
     tasks = tasks.flatten(2)  # (C, N-1, P)
     return [Player(weights, shapes).constant() for weights in tasks.unbind(1)]
 
@@ -574,8 +559,7 @@ def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), train
             loss = loss - args.ent_coef * entropy.sum(1).mean(-1)
         # every agent learns from it; peers who are only modelled take a step of their own
         if l < length:
-            lrs = [args.peer_lr] * env.num_agents
-            lrs[0] = eta[:, [l]] if learns else 0.0
+            lrs = [eta[:, [l]] if learns else 0.0] + [args.peer_lr] * (env.num_agents - 1)
             new = inner_update(seen, logprob, batch, lrs, args, training)
             new = link(new, args.link_clip) if training else [p.constant() for p in new]
             if models:
@@ -583,7 +567,8 @@ def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), train
                 real = inner_update(players, logprob, batch, lrs, args, training=False)
                 new[1:] = [p.constant() for p in real[1:]]
             players = new
-    return Chain(loss / (length + 1), critic_loss / (length + 1), torch.stack(rewards, 1))
+    batches = length + 1
+    return Chain(loss / batches, critic_loss / batches, torch.stack(rewards, 1))
 
 
 def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
@@ -597,9 +582,10 @@ def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), trainin
         pay, H = env.reward_table, args.horizon
         value = exact_value(x, y, pay, args.gamma, H)  # (C, 2)
         rewards.append(exact_value(x, y, pay, 1.0, H).detach() / H)
-        if l >= first:
-            held = x.detach() if args.method == "no-own-learning" else x  # [D6]
-            loss = loss - exact_value(held, y, pay, args.gamma, H)[:, 0]
+        if l >= first and args.method == "no-own-learning":  # [D6]
+            loss = loss - exact_value(x.detach(), y, pay, args.gamma, H)[:, 0]
+        elif l >= first:
+            loss = loss - value[:, 0]
         # one step of both; in a test, and for the peer in Meta-PG, how it came about is forgotten
         if l < length:
             lrs = [eta[:, [l]] if learns else 0.0, args.peer_lr]
@@ -621,7 +607,8 @@ def pcgrad(gradients, order):
     out = gradients
     for others in order.T:  # its own turn changes nothing: <g, g> >= 0
         g = gradients[others]
-        share = (out * g).sum(1) / ((g * g).sum(1) + 1e-8)  # (C,), negative in a conflict
+        product = (out * g).sum(1)  # (C,), negative in a conflict
+        share = product / ((g * g).sum(1) + 1e-8)
         out = out - share.clamp(max=0)[:, None] * g
     return out
 
@@ -651,7 +638,7 @@ def build(args, env):
     actor, critic = map(initial, networks(args, env))
     eta = torch.full((args.chain_length,), args.inner_lr)
     params = copies({"actor": actor, "critic": critic, "step_sizes": eta}, args.device)
-    moments = {group: torch.zeros(3, x.numel(), device=args.device) for group, x in params.items()}
+    moments = {group: x.new_zeros(3, len(x)) for group, x in params.items()}
     return params, moments
 
 
@@ -668,8 +655,9 @@ def outer_update(env, params, moments, args, iteration, progress):
     order = torch.rand(args.num_chains, args.num_chains, device=env.device).argsort(1)
     # play, learn, play again; each chain with a copy of everything that is learned
     own = {group: x.expand(C, -1).clone().requires_grad_() for group, x in params.items()}
-    actor_shapes, critic_shapes = networks(args, env)
-    actor, critic = Player(own["actor"], actor_shapes), Player(own["critic"], critic_shapes)
+    shapes = networks(args, env)
+    actor = Player(own["actor"], shapes[0])
+    critic = Player(own["critic"], shapes[1])
     plan = chain_plan(args, progress)
     chain = CHAINS[args.gradient](env, actor, own["step_sizes"], critic, tasks, plan, args, (RANK, WORLD))
     # each chain's gradient, in one backward pass for actor and step sizes and another for the critic
@@ -706,22 +694,22 @@ def adapt(env, params, tasks, args):
 
 def evaluate(args, params, split):
     """{tag: value} on the personas of "val" or "test": each class, and all of them."""
-    flat, every = {}, []
+    flat, results = {}, {}  # results: {beginning of the tags: (n, L+1, N)}
     episodes = 1 if args.gradient == "exact" else args.eval_episodes
     with torch.random.fork_rng():
         torch.manual_seed((args.seed + 10_000) % 2**64)
         for name, tasks in make_env(args, 1).tasks_by_class(split).items():
             env = make_env(args, len(tasks) * episodes)
-            own, peer, *_ = adapt(env, params, tasks, args).unbind(2)  # each (n, L+1)
-            error = own.std(0, correction=0) / max(len(own) - 1, 1) ** 0.5
-            flat |= numbered(f"eval/{name}/return_{{}}", own.mean(0))
-            flat |= numbered(f"eval/{name}/return_{{}}_ci95", 1.96 * error)
-            flat |= numbered(f"eval/{name}/peer_return_{{}}", peer.mean(0))
-            flat[f"eval/{name}/sum_after_phi_0"] = own[:, 1:].sum(1).mean().item()
-            every.append(own)
-    every = torch.cat(every)  # the personas of all classes
-    flat["eval/sum_after_phi_0"] = every[:, 1:].sum(1).mean().item()
-    return flat | numbered("eval/return_{}", every.mean(0))
+            results[f"eval/{name}/"] = adapt(env, params, tasks, args)
+    results["eval/"] = torch.cat([*results.values()])
+    for tag, reward in results.items():
+        own = reward[..., 0]
+        error = own.std(0, correction=0) / max(len(own) - 1, 1) ** 0.5
+        flat |= numbered(tag + "return_{}", own.mean(0))
+        flat |= numbered(tag + "return_{}_ci95", 1.96 * error)
+        flat |= numbered(tag + "peer_return_{}", reward[..., 1].mean(0))
+        flat[tag + "sum_after_phi_0"] = own[:, 1:].sum(1).mean().item()
+    return flat
 
 
 def numbered(tag, values):
@@ -730,15 +718,15 @@ def numbered(tag, values):
 
 def table(flat, args):
     """The adaptation table of an evaluation: what agent i and its first peer get after 0..L updates."""
-    cheetah, numbers = args.env == "half_cheetah_dir", range(args.chain_length + 1)
-    what, digits = ("return of an episode", 1) if cheetah else ("reward per step", 3)
-    lines = [f"{args.env}: {what} of agent i against held-out personas"]
-    lines.append(" " * 22 + "".join(f"phi_{l}    " for l in numbers) + "sum from phi_1")
-    for name in (tag.split("/")[1] for tag in flat if tag.endswith("peer_return_0")):
-        for title, tag in (f"{name} peer", "return"), ("  what the peer gets", "peer_return"):
-            values = [flat[f"eval/{name}/{tag}_{l}"] for l in numbers]
-            lines.append(f"{title:22s}" + "".join(f"{x:<+9.{digits}f}" for x in values))
-        lines[-2] += f"{flat[f'eval/{name}/sum_after_phi_0']:+.2f}"
+    what = "return of an episode" if args.env == "half_cheetah_dir" else "reward per step"
+    lines = [f"{args.env}: {what} against held-out personas"]
+    numbers = range(args.chain_length + 1)
+    lines.append(" " * 25 + "".join(f"phi_{l}    " for l in numbers) + "sum from phi_1")
+    for tag in flat:
+        if tag.endswith("return_0"):  # of agent i or of the peer, against a class or all
+            row = [flat[f"{tag[:-1]}{l}"] for l in numbers]
+            row.append(sum(row[1:]))
+            lines.append(f"{tag[5:-2]:25s}" + "".join(f"{x:<+9.3f}" for x in row))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -872,9 +860,7 @@ def train(args):
     state, iteration, step = None, 0, 0
     if path := args.resume or args.evaluate:
         state = load(path)
-        params = copies(state["params"], args.device)
-        moments = copies(state["moments"], args.device)
-        best = copies(state["best"], args.device)
+        params, moments, best = (copies(state[x], args.device) for x in ("params", "moments", "best"))
         iteration, step, best_score = state["iteration"], state["step"], state["best_score"]
     if args.evaluate:
         report(args, best, state["folder"], step)
