@@ -407,7 +407,8 @@ def test_gradients_equal_those_of_the_oracle(game, policy, monkeypatch):  # eqs.
     torch.manual_seed(0)
     batches, real = [], m.rollout
     monkeypatch.setattr(m, "rollout", lambda *a: batches.append(real(*a)) or batches[-1])
-    run = sampled(game, policy=policy, horizon=6, num_episodes=5, ent_coef=0.5, dice_lambda=0.7)
+    run = sampled(game, policy=policy, horizon=6, num_episodes=5, ent_coef=0.5, dice_lambda=0.7,
+                  link_clip=0.1)
     ours = gradients(run)
     world = envs.make(game, 5, horizon=6)  # one-hot observations
     for c in range(2):
