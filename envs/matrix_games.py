@@ -68,13 +68,10 @@ class MatrixGame(Env):
         return state, *(state.clone() for _ in range(self.num_agents - 1))
 
     def sample_tasks(self, n, split="train"):
-        """(n, N-1, S, A) logits of opponents. The draw is stratified: the k-th comes from the k-th n-th of the
-        split, class after class, so that every n has the classes in equal numbers; further ones in any order."""
+        """(n, N-1, S, A) logits: every opponent drawn from the whole split, uniformly, with replacement."""
         self.check_split(split)
         pool = torch.cat(list(self.personas[split].values()))
-        part = torch.stack([torch.arange(n), *(torch.randperm(n) for _ in range(self.num_agents - 2))], 1)
-        index = (part + torch.rand(part.shape)) * len(pool) / n
-        return pool[index.long().clamp(max=len(pool) - 1)].to(self.device)
+        return pool[torch.randint(len(pool), (n, self.num_agents - 1))].to(self.device)
 
     def tasks_by_class(self, split):
         """{class: (n, N-1, S, A)}: each persona of the split once as first opponent. Further opponents (N >
