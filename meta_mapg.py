@@ -147,7 +147,7 @@ CHEETAH = dict(
     peer_lr=0.005, outer_lr=1e-3, critic_lr=1e-3, reward_scale=0.01, total_steps=15_000_000, eval_every=100)
 PRESETS = {"ipd": {}, "rps": RPS, "rps3": RPS, "rps4": RPS, "half_cheetah_dir": CHEETAH}  # what differs ...
 LSTM = dict(  # [D2] [D4]
-    policy="lstm", gradient="sampled", num_chains=8, critic_lr=2e-3, total_steps=30_000_000, eval_every=40,
+    policy="lstm", gradient="sampled", num_chains=8, critic_lr=2e-3, total_steps=60_000_000, eval_every=20,
     dice_lambda=0.9, link_clip=20.0, max_grad_norm=300.0, grow_chains=True, anneal_lr=True)
 LSTM_PRESETS = {  # ... and with --policy lstm in games
     "ipd": LSTM | dict(inner_lr=0.1, outer_lr=1.2e-3, ent_coef=0.5),
