@@ -33,8 +33,8 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
                   REINFORCE (that of phi_0), "no own learning" (no log pi^i in (5)), opponent modelling.
              [D7] RPS has H = 50, as in their code (paper: 150). Logits, where they clamp probabilities. The
                   peers of half_cheetah_dir are from benchmark/make_peers.py: theirs are lost.
-  Run        python meta_mapg.py --env ipd                    # 20 s: +6.9 (cooperative), +4.2 (defective)
-             python meta_mapg.py --env ipd --method meta-pg   # 20 s: sums -0.7 and -3.2, no peer learning
+  Run        python meta_mapg.py --env ipd                    # 15 s: +6.9 (cooperative), +4.2 (defective)
+             python meta_mapg.py --env ipd --method meta-pg   # 15 s: sums -0.7 and -3.2, no peer learning
              python meta_mapg.py --env rps                    # 1 min: sum +1.4
              python meta_mapg.py --env ipd --policy lstm      # the paper's networks: over an hour
              python meta_mapg.py --env half_cheetah_dir       # 15 to 19 min
@@ -216,10 +216,11 @@ def playable(args, env):
 
 
 # ================================================================ 2. Networks
-# A network is one flat vector, and C chains are C rows of a matrix: so a gradient step, a clip or an
-# optimiser is a line. A table has logits (S, A). The paper's actor is Linear(S -> 64), ReLU, LSTM, Linear(64
-# -> A); with a "log_std", which no input changes, its outputs are a Gaussian's means. The critic has the same
-# trunk. The recurrence is written out: torch's fused ones cannot be differentiated twice.
+# A network is one flat vector, and C chains are C rows of a matrix: so a gradient step or a clip is a line. A
+# table has logits (S, A). The paper's actor is Linear(S -> 64), ReLU, LSTM, Linear(64 -> A); with a "log_std",
+# which no input changes, its outputs are a Gaussian's means. The critic has the same trunk. The recurrence is
+# written out, as torch's fused ones cannot be differentiated twice. Inside it features come before episodes,
+# (C, H, K) with H = 64 units: so each gate is one block of memory.
 class Player(NamedTuple):
     """One agent's network, a row for each chain."""
 
@@ -279,7 +280,7 @@ def look_up(table, state):
 def lstm_inputs(p, state):
     """What the recurrence reads at states (C, T, K[, S]): x (C, T, X, K), and its weights (C, 4H, X)."""
     w1, b1 = p["w1"], p["b1"][..., None]
-    if not state.is_floating_point():  # x is one-hot: what it passes on its way is worked out for S columns
+    if not state.is_floating_point():  # x is one-hot, so both layers are worked out for S columns
         x = F.one_hot(state, w1.shape[-1]).to(w1.dtype)
         return x.mT, p["w_ih"] @ F.relu(w1 + b1)
     x = w1[:, None] @ state.to(w1.dtype).mT  # (C, T, H, K)
