@@ -216,10 +216,10 @@ def playable(args, env):
 
 
 # ================================================================ 2. Networks
-# A network is one flat vector; C chains are C rows of a matrix. A table has logits (S, A). The paper's actor is
-# Linear(S -> 64), ReLU, LSTM, Linear(64 -> A); with a "log_std" its outputs are a Gaussian's means. The critic
-# has the same trunk. The recurrence is written out: torch's fused ones cannot be differentiated twice. Inside
-# it features come before episodes, (C, H, K) with H = 64 units: so each gate is one block of memory.
+# A network is one flat vector; C chains are C rows of a matrix. A table has logits (S, A). The paper's actor
+# is Linear(S -> 64), ReLU, LSTM, Linear(64 -> A); with a "log_std" its outputs are a Gaussian's means. The
+# critic has the same trunk. The recurrence is written out: torch's fused ones cannot be differentiated twice.
+# Inside it features come before episodes, (C, H, K) with H = 64: so each gate is one block of memory.
 class Player(NamedTuple):
     """One agent's network, a row for each chain."""
 
