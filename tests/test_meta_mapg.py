@@ -95,18 +95,18 @@ def test_exact_value_of_known_tables():  # T2, eq. (8)
     assert abs(m.exact_value(uniform, mostly_c, IPD, 0.96, 150)[0, 0] - 12.472609815) < 1e-8
 
 
-def chain(x, args, eta=None, y=Y):
-    """sum of V^i(phi_l) over the scored l from the script's own chain, and its V^i(phi_L)."""
+def chain(x, args, eta=None):
+    """sum of V^i(phi_l) over the scored l, from the script's own chain."""
     plan = m.chain_plan(args, 1.0)
     eta = torch.full((1, args.chain_length), 0.1, dtype=x.dtype) if eta is None else eta
     x = x if x.requires_grad else x.clone().requires_grad_()  # the inner steps differentiate by it
-    out = m.exact_chain(GAME, player(x[None]), eta, None, y[None, None], plan, args)
-    return -out.loss[0] * (plan[0] + 1), out  # the loss is divided by the number of batches
+    loss = m.exact_chain(GAME, player(x[None]), eta, None, Y[None, None], plan, args).loss[0]
+    return -loss * (plan[0] + 1)  # which is divided by the number of batches
 
 
 def chain_gradient(args):
     x = X.clone().requires_grad_()
-    return grad(chain(x, args)[0], x)
+    return grad(chain(x, args), x)
 
 
 META_GRADIENTS = [  # L, H, method, sum of V^i(phi_l), gradient by the logits of C
@@ -120,7 +120,7 @@ META_GRADIENTS = [  # L, H, method, sum of V^i(phi_l), gradient by the logits of
 @pytest.mark.parametrize("L, H, method, value, expected", META_GRADIENTS)
 def test_exact_meta_gradient(L, H, method, value, expected):  # T3
     args = arguments(chain_length=L, horizon=H, method=method)
-    assert abs(chain(X, args)[0] - value) < 1e-9
+    assert abs(chain(X, args) - value) < 1e-9
     g = chain_gradient(args)
     close(g[:, 1], numbers(*expected), atol=1e-8, rtol=0)
     close(g[:, 0], -g[:, 1])
@@ -128,8 +128,8 @@ def test_exact_meta_gradient(L, H, method, value, expected):  # T3
 
 def test_gradient_of_the_step_sizes_equals_finite_differences():  # T3, eq. (3)
     args, eta = arguments(chain_length=2), numbers(0.1, 0.4)[None].requires_grad_()
-    g = grad(chain(X, args, eta)[0], eta)
-    close(g, central(lambda e: chain(X, args, e)[0].detach(), eta.detach()), atol=1e-8, rtol=0)
+    g = grad(chain(X, args, eta), eta)
+    close(g, central(lambda e: chain(X, args, e).detach(), eta.detach()), atol=1e-8, rtol=0)
     assert g.abs().min() > 0.01
 
 
@@ -393,7 +393,7 @@ def test_sampled_meta_gradient_equals_the_exact_one(kw):  # T13: eqs. (1)-(5) ag
     eta, x = torch.full((1, run.args.chain_length), 0.5, dtype=torch.float64), X.clone().requires_grad_()
 
     def distance(args):
-        wanted = -grad(chain(x, args, eta)[0], x).flatten() / (m.chain_plan(args, 1.0)[0] + 1)
+        wanted = -grad(chain(x, args, eta), x).flatten() / (m.chain_plan(args, 1.0)[0] + 1)
         return ((g.mean(0) - wanted) / error).abs().max()
 
     assert distance(arguments(**kw)) < 4
