@@ -26,8 +26,8 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
              [D2] Eq. (2) is Loaded DiCE (Farquhar et al., arXiv:1909.10549), theirs DiCE: a second
                   derivative with less noise. lambda < 1 forgets old steps, a bias.
              [D3] Eq. (5) keeps the terms with signal in expectation, those of tau_l. Their sum has more.
-             [D4] LSTMs: gradients are clipped at each link of the chain (20, chosen by one short run of one
-                  seed) and chain by chain at 300, not 10; chains grow (L = 1, 3, 7); step sizes fall to 0.
+             [D4] LSTMs: gradients are clipped at each link of the chain (80; 20 was no worse) and chain by
+                  chain at 300, not 10; chains grow (L = 1, 3, 7); step sizes fall to 0.
              [D5] C chains make one synchronous step, so step sizes are about sqrt(C) times theirs.
              [D6] Never released, so ours: LOLA-DiCE (the return after look_ahead steps of the peers alone),
                   REINFORCE (that of phi_0), "no own learning" (no log pi^i in (5)), opponent modelling.
@@ -36,7 +36,7 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
   Run        python meta_mapg.py --env ipd                    # 15 s: +6.9 (cooperative), +4.2 (defective)
              python meta_mapg.py --env ipd --method meta-pg   # 15 s: sums -0.7 and -3.2, no peer learning
              python meta_mapg.py --env rps                    # 1 min: sum +1.4
-             python meta_mapg.py --env ipd --policy lstm      # the paper's networks: over an hour
+             python meta_mapg.py --env ipd --policy lstm      # the paper's networks: 40 min, 12 GB
              python meta_mapg.py --env half_cheetah_dir       # 15 to 19 min
              torchrun --nproc-per-node 2 meta_mapg.py --env rps --policy lstm   # chains shared out
              python meta_mapg.py --evaluate runs/x/checkpoint.pt                # the table of a finished run
@@ -147,11 +147,11 @@ CHEETAH = dict(
     peer_lr=0.005, outer_lr=1e-3, critic_lr=1e-3, reward_scale=0.01, total_steps=15_000_000, eval_every=100)
 PRESETS = {"ipd": {}, "rps": RPS, "rps3": RPS, "rps4": RPS, "half_cheetah_dir": CHEETAH}  # what differs ...
 LSTM = dict(  # [D2] [D4]
-    policy="lstm", gradient="sampled", num_chains=8, critic_lr=2e-3, total_steps=60_000_000, eval_every=20,
-    dice_lambda=0.9, link_clip=20.0, max_grad_norm=300.0, grow_chains=True, anneal_lr=True)
+    policy="lstm", gradient="sampled", num_chains=16, critic_lr=2e-3, total_steps=72_000_000, eval_every=10,
+    dice_lambda=0.9, link_clip=80.0, max_grad_norm=300.0, grow_chains=True, anneal_lr=True)
 LSTM_PRESETS = {  # ... and with --policy lstm in games
     "ipd": LSTM | dict(inner_lr=0.1, outer_lr=1.2e-3, ent_coef=0.5),
-    "rps": RPS | LSTM | dict(inner_lr=0.01, outer_lr=2.8e-4)}
+    "rps": RPS | LSTM | dict(inner_lr=0.01, outer_lr=4e-4)}
 
 
 def preset(args):
@@ -440,7 +440,7 @@ def exact_value(x, y, reward_table, gamma, horizon):
 # create_graph keeps every inner update differentiable: one backward pass walks the whole chain. Each chain
 # has its own copies of phi_0 and eta, so that gradients come out chain by chain, as eq. (6) needs them.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: 0, 1 without
-GROWTH = ((0.0, 1), (0.2, 3), (0.55, math.inf))  # from this share of all steps on so many updates [D4]
+GROWTH = ((0.0, 1), (0.2, 3), (0.45, math.inf))  # from this share of all steps on so many updates [D4]
 
 
 class Chain(NamedTuple):

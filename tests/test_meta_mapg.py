@@ -153,7 +153,7 @@ def test_lola_looks_ahead_with_the_peer_alone_and_reinforce_not_at_all():  # [D6
 
 def test_chains_grow_and_only_with_the_flag():  # [D4]
     args = arguments(chain_length=7, grow_chains=True)
-    assert [m.chain_plan(args, p)[0] for p in (0, 0.19, 0.2, 0.54, 0.55, 1)] == [1, 1, 3, 3, 7, 7]
+    assert [m.chain_plan(args, p)[0] for p in (0, 0.19, 0.2, 0.44, 0.45, 1)] == [1, 1, 3, 3, 7, 7]
     assert m.chain_plan(arguments(chain_length=2, grow_chains=True), 0.5)[0] == 2
     assert m.chain_plan(arguments(chain_length=7), 0)[0] == 7
 
