@@ -26,17 +26,17 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
              [D2] Eq. (2) is Loaded DiCE (Farquhar et al., arXiv:1909.10549), theirs DiCE: a second
                   derivative with less noise. lambda < 1 forgets old steps, a bias.
              [D3] Eq. (5) keeps the terms with signal in expectation, those of tau_l. Their sum has more.
-             [D4] LSTMs: gradients are clipped at each link of the chain (20, chosen by one short run of one
-                  seed) and chain by chain at 300, not 10; chains grow (L = 1, 3, 7); step sizes fall to 0.
+             [D4] LSTMs: gradients are clipped at each link of the chain (80; 20 was no worse) and chain by
+                  chain at 300, not 10; chains grow (L = 1, 3, 7); step sizes fall to 0.
              [D5] C chains make one synchronous step, so step sizes are about sqrt(C) times theirs.
              [D6] Never released, so ours: LOLA-DiCE (the return after look_ahead steps of the peers alone),
                   REINFORCE (that of phi_0), "no own learning" (no log pi^i in (5)), opponent modelling.
              [D7] RPS has H = 50, as in their code (paper: 150). Logits, where they clamp probabilities. The
                   peers of half_cheetah_dir are from benchmark/make_peers.py: theirs are lost.
-  Run        python meta_mapg.py --env ipd                    # 20 s: +6.9 (cooperative), +4.2 (defective)
-             python meta_mapg.py --env ipd --method meta-pg   # 20 s: sums -0.7 and -3.2, no peer learning
+  Run        python meta_mapg.py --env ipd                    # 15 s: +6.9 (cooperative), +4.2 (defective)
+             python meta_mapg.py --env ipd --method meta-pg   # 15 s: sums -0.7 and -3.2, no peer learning
              python meta_mapg.py --env rps                    # 1 min: sum +1.4
-             python meta_mapg.py --env ipd --policy lstm      # the paper's networks: over an hour
+             python meta_mapg.py --env ipd --policy lstm      # the paper's networks: 40 min, 12 GB
              python meta_mapg.py --env half_cheetah_dir       # 15 to 19 min
              torchrun --nproc-per-node 2 meta_mapg.py --env rps --policy lstm   # chains shared out
              python meta_mapg.py --evaluate runs/x/checkpoint.pt                # the table of a finished run
@@ -147,11 +147,11 @@ CHEETAH = dict(
     peer_lr=0.005, outer_lr=1e-3, critic_lr=1e-3, reward_scale=0.01, total_steps=15_000_000, eval_every=100)
 PRESETS = {"ipd": {}, "rps": RPS, "rps3": RPS, "rps4": RPS, "half_cheetah_dir": CHEETAH}  # what differs ...
 LSTM = dict(  # [D2] [D4]
-    policy="lstm", gradient="sampled", num_chains=8, critic_lr=1.4e-3, total_steps=100_000_000, eval_every=20,
-    dice_lambda=0.9, link_clip=20.0, max_grad_norm=300.0, grow_chains=True, anneal_lr=True)
+    policy="lstm", gradient="sampled", num_chains=16, critic_lr=2e-3, total_steps=72_000_000, eval_every=10,
+    dice_lambda=0.9, link_clip=80.0, max_grad_norm=300.0, grow_chains=True, anneal_lr=True)
 LSTM_PRESETS = {  # ... and with --policy lstm in games
-    "ipd": LSTM | dict(inner_lr=0.1, outer_lr=8.5e-4, ent_coef=0.5),
-    "rps": RPS | LSTM | dict(inner_lr=0.01, outer_lr=2.8e-4)}
+    "ipd": LSTM | dict(inner_lr=0.1, outer_lr=1.2e-3, ent_coef=0.5),
+    "rps": RPS | LSTM | dict(inner_lr=0.01, outer_lr=4e-4)}
 
 
 def preset(args):
@@ -200,12 +200,12 @@ def make_env(args, num_envs, part=(0, 1)):
 
 def playable(args, env):
     """End in one line if these arguments and this env, perhaps one's own, do not fit."""
-    exact, table = args.gradient == "exact", args.policy == "table"
+    table = args.policy == "table"
     if not hasattr(env, "tasks_by_class"):
         fail(f"{args.env} has no peers as tasks")
     if len(set(env.obs_dims)) > 1 or len(set(env.action_dims)) > 1:
         fail(f"{args.env}: all agents must have observations and actions of the same size")
-    if exact and (not table or args.env != "ipd" or args.opponent_model):
+    if args.gradient == "exact" and (not table or args.env != "ipd" or args.opponent_model):
         fail("--gradient exact needs --env ipd, --policy table and no --opponent-model, which fits samples")
     if not env.discrete and (table or args.opponent_model):
         fail(f"{args.env} is played by LSTMs: no --policy table, no --opponent-model")
@@ -216,10 +216,10 @@ def playable(args, env):
 
 
 # ================================================================ 2. Networks
-# A network is one flat vector, and C chains are C rows of a matrix: so a gradient step, a clip or an
-# optimiser is a line. A table has logits (S, A). The paper's actor is Linear(S -> 64), ReLU, LSTM, Linear(64
-# -> A); with a "log_std", which no input changes, its outputs are a Gaussian's means. The critic has the same
-# trunk. The recurrence is written out: torch's fused ones cannot be differentiated twice.
+# A network is one flat vector; C chains are C rows of a matrix. A table has logits (S, A). The paper's actor
+# is Linear(S -> 64), ReLU, LSTM, Linear(64 -> A); with a "log_std" its outputs are a Gaussian's means. The
+# critic has the same trunk. The recurrence is written out: torch's fused ones cannot be differentiated twice.
+# Inside it features come before episodes, (C, H, K) with H = 64: so each gate is one block of memory.
 class Player(NamedTuple):
     """One agent's network, a row for each chain."""
 
@@ -276,50 +276,42 @@ def look_up(table, state):
     return rows.unflatten(1, state.shape[1:])
 
 
-def linear(x, weight, bias):
-    """A layer of each chain: x (C, n, in) -> (C, n, out)."""
-    return torch.baddbmm(bias[:, None], x, weight.mT)
-
-
-def gate_inputs(p, state):
-    """What the states (C, T, K[, S]) add to the LSTM's four gates -> (C, T, K, 4H)."""
-    bias = p["b_ih"] + p["b_hh"]
-    if not state.is_floating_point():  # an index: a one-hot vector picks a column of w1, so S rows are enough
-        x = F.relu(p["w1"].mT + p["b1"][:, None])  # (C, S, H)
-        return look_up(linear(x, p["w_ih"], bias), state)
-    x = state.flatten(1, 2).to(bias.dtype)  # (C, TK, S)
-    x = F.relu(linear(x, p["w1"], p["b1"]))  # (C, TK, H)
-    return linear(x, p["w_ih"], bias).unflatten(1, state.shape[1:3])
+def lstm_inputs(p, state):
+    """What the recurrence reads at states (C, T, K[, S]): x (C, T, X, K), and its weights (C, 4H, X)."""
+    w1, b1 = p["w1"], p["b1"][..., None]
+    if not state.is_floating_point():  # x is one-hot, so both layers are worked out for S columns
+        x = F.one_hot(state, w1.shape[-1]).to(w1.dtype)
+        return x.mT, p["w_ih"] @ F.relu(w1 + b1)
+    x = w1[:, None] @ state.to(w1.dtype).mT  # (C, T, H, K)
+    return F.relu(x + b1[:, None]), p["w_ih"]
 
 
 def outputs(player, state, memory=None):
-    """(C, T, K[, S]) states -> (C, T, K, A), and the LSTM's memory (h, c) after the last, each (C, K, H)."""
-    p, hs = player.parts(), []
+    """(C, T, K[, S]) states -> (C, T, K, A), and the LSTM's memory (h, c) after the last, each (C, H, K)."""
+    p, out = player.parts(), []
     if "table" in p:
         return look_up(p["table"], state), None
-    steps = gate_inputs(p, state).unbind(1)  # T times (C, K, 4H)
-    w_hh = p["w_hh"].mT  # (C, H, 4H)
-    zero = torch.zeros_like(steps[0].chunk(4, -1)[0])
+    x, w_in = lstm_inputs(p, state)
+    w_hh, w2, b2 = p["w_hh"], p["w2"], p["b2"][..., None]
+    bias = (p["b_ih"] + p["b_hh"])[..., None]  # (C, 4H, 1)
+    zero = w_hh.new_zeros(len(w_hh), w_hh.shape[-1], x.shape[-1])
     h, c = memory or (zero, zero)
-    for z in steps:
-        z = torch.baddbmm(z, h, w_hh)
-        i, f, g, o = z.chunk(4, -1)  # each (C, K, H)
-        i, f, o = i.sigmoid(), f.sigmoid(), o.sigmoid()
-        c = f * c + i * torch.tanh(g)
-        h = o * torch.tanh(c)
-        hs.append(h)
-    out = linear(torch.cat(hs, 1), p["w2"], p["b2"])  # (C, TK, A)
-    return out.unflatten(1, (len(hs), -1)), (h, c)
+    for x_t in x.unbind(1):  # (C, X, K)
+        z = torch.baddbmm(bias, w_in, x_t)
+        z = torch.baddbmm(z, w_hh, h)
+        i, f, g, o = z.chunk(4, 1)  # each (C, H, K)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        out.append(torch.baddbmm(b2, w2, h))  # w2 after a stack of all h would be slow to differentiate twice
+    return torch.stack(out, 1).mT, (h, c)
 
 
-def policy(player, state, memory=None):
-    """pi(.|s) at (C, T, K[, S]) states, a torch distribution, and the memory."""
-    out, memory = outputs(player, state, memory)  # (C, T, K, A)
+def policy(player, out):
+    """pi(.|s), a torch distribution, from the outputs (C, T, K, A) of the network."""
     if "log_std" not in player.shapes:
-        return Categorical(logits=out, validate_args=False), memory  # [D7]
-    log_std = player.parts()["log_std"].clamp(min=math.log(1e-6))  # (C, A)
-    std = log_std.exp()[:, None, None]  # the same in every state
-    return Independent(Normal(out, std, validate_args=False), 1), memory
+        return Categorical(logits=out, validate_args=False)  # [D7]
+    std = player.parts()["log_std"].exp()[:, None, None]  # (C, 1, 1, A): the same in every state
+    return Independent(Normal(out, std, validate_args=False), 1)
 
 
 # ================================================================ 3. Rollout
@@ -330,30 +322,37 @@ class Batch(NamedTuple):
     reward: torch.Tensor  # (C, N, H, K) as the environment gives it
 
 
+def thresholds(logits):
+    """(..., A) -> (..., A-1): a number from U(0, 1) that exceeds n of them means action n."""
+    return logits.softmax(-1).cumsum(-1)[..., :-1]
+
+
 @torch.no_grad()
 def rollout(env, players, part=(0, 1)):
     """Play one batch. Every process, part = (rank, world), draws for all chains and keeps its own."""
     rank, world = part
     C = len(players[0].flat)
     shape = [env.horizon, world * C, env.num_envs // C, env.num_agents]
-    if env.discrete:
-        noise = torch.rand(shape)
-    else:
-        noise = torch.randn(shape + [env.action_dims[0]])
+    noise = torch.rand(shape) if env.discrete else torch.randn(shape + [env.action_dims[0]])
     noise = noise.to(env.device)[:, rank * C : (rank + 1) * C]  # (H, C, K, N[, A])
-    obs, memory, steps = env.reset(), [None] * env.num_agents, []
+    # memory: of a table the thresholds of all its states, of an LSTM what it remembers
+    memory = [thresholds(p.parts()["table"]) if "table" in p.shapes else None for p in players]
+    obs, steps = env.reset(), []
     for t in range(env.horizon):
         state = obs[0].unflatten(0, (C, -1))  # (C, K[, S])
-        actions = []  # N times (C, K[, A])
+        now, actions = state[:, None], []  # N times (C, K[, A])
         for a, p in enumerate(players):
-            pi, memory[a] = policy(p, state[:, None], memory[a])
             u = noise[t, :, :, a]  # (C, K[, A])
-            if env.discrete:  # the inverse transform of U(0, 1)
-                below = pi.probs[:, 0].cumsum(-1)  # (C, K, A)
-                action = (u[..., None] > below[..., :-1]).sum(-1)
+            if "table" in p.shapes:
+                limits = look_up(memory[a], now)
             else:
-                action = pi.mean[:, 0] + pi.stddev[:, 0] * u
-            actions.append(action)
+                out, memory[a] = outputs(p, now, memory[a])
+                limits = thresholds(out)
+            if env.discrete:
+                actions.append((u[..., None] > limits[:, 0]).sum(-1))  # the inverse transform
+            else:
+                pi = policy(p, out)
+                actions.append(pi.mean[:, 0] + pi.stddev[:, 0] * u)
         obs, reward, *_ = env.step([action.flatten(0, 1) for action in actions])
         steps.append((state, torch.stack(actions, 2), reward.unflatten(0, (C, -1))))
     state, action, reward = (torch.stack(x, 1) for x in zip(*steps))
@@ -364,7 +363,7 @@ def rollout(env, players, part=(0, 1)):
 # Pure functions of tensors. Time is dimension -2 and the episode dimension -1 in (..., H, K).
 def decay(x, factor):
     """(H, H) of factor^(t-u), t >= u, for x (..., H, K): decay @ x sums the past, decay.mT @ x the future."""
-    t = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)
+    t = torch.arange(x.shape[-2]).to(x)
     return (factor ** (t[:, None] - t).clamp(min=0)).tril()
 
 
@@ -375,9 +374,7 @@ def returns_to_go(reward, gamma):
 
 def gae(reward, value, gamma, gae_lambda):
     """eq. (4): A_t = sum_u (gamma lambda)^u delta_{t+u}, delta_t = r_t + gamma v_{t+1} - v_t, and v_H = 0."""
-    assert reward.shape == value.shape
-    end = torch.zeros_like(value[..., :1, :])
-    next_value = torch.cat([value[..., 1:, :], end], -2)
+    next_value = F.pad(value[..., 1:, :], (0, 0, 0, 1))
     delta = reward + gamma * next_value - value
     return returns_to_go(delta, gamma * gae_lambda)
 
@@ -390,7 +387,7 @@ def linear_baseline(state, reward, gamma, ridge=1e-5):
     t = torch.arange(H, device=s.device).double() / 100
     time = t[:, None, None] ** torch.arange(4, device=s.device)  # (H, 1, 4)
     x = torch.cat([s, s**2, time.expand(C, H, K, 4)], -1)
-    x = x.flatten(1, 2).double()  # (C, HK, 2S+4)
+    x = x.flatten(1, 2)  # (C, HK, 2S+4), doubles
     ret = returns_to_go(reward.double(), gamma)
     target = ret.flatten(2).mT  # (C, HK, N) [D1]
     eye = torch.eye(x.shape[-1]).to(x)
@@ -443,7 +440,7 @@ def exact_value(x, y, reward_table, gamma, horizon):
 # create_graph keeps every inner update differentiable: one backward pass walks the whole chain. Each chain
 # has its own copies of phi_0 and eta, so that gradients come out chain by chain, as eq. (6) needs them.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: 0, 1 without
-GROWTH = ((0.0, 1), (0.4, 3), (0.75, math.inf))  # from this share of all steps on so many updates [D4]
+GROWTH = ((0.0, 1), (0.2, 3), (0.45, math.inf))  # from this share of all steps on so many updates [D4]
 
 
 class Chain(NamedTuple):
@@ -465,10 +462,14 @@ def chain_plan(args, progress):
 
 def log_probs(players, batch):
     """log pi^a of the actions that were taken, (C, N, H, K)."""
-    out = []
+    out = []  # N times (C, H, K)
     for p, action in zip(players, batch.action.unbind(3)):
-        pi, _ = policy(p, batch.state)
-        out.append(pi.log_prob(action))  # (C, H, K)
+        if "table" in p.shapes:  # normalise S rows instead of HK
+            log_pi = p.parts()["table"].log_softmax(-1)  # (C, S, A)
+            index = batch.state * log_pi.shape[-1] + action
+            out.append(look_up(log_pi.flatten(1)[..., None], index)[..., 0])
+        else:
+            out.append(policy(p, outputs(p, batch.state)[0]).log_prob(action))
     return torch.stack(out, 1)
 
 
@@ -526,9 +527,7 @@ def fit_opponent(model, batch, agent):
 def peers_of(tasks, env):
     """(C, N-1, S, A) logits, or (C, N-1, P) weights of Gaussian LSTMs -> N-1 players."""
     S, A = env.obs_dims[0], env.action_dims[0]
-    shapes = {"table": (S, A)}
-    if not env.discrete:
-        shapes = lstm_shapes(S, A, gaussian=True)
+    shapes = {"table": (S, A)} if env.discrete else lstm_shapes(S, A, gaussian=True)
     tasks = tasks.flatten(2)  # (C, N-1, P)
     return [Player(weights, shapes).constant() for weights in tasks.unbind(1)]
 
@@ -556,12 +555,11 @@ def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), train
             error = value - returns_to_go(reward, args.gamma)
             critic_loss = critic_loss + (error**2).mean((1, 2))
         elif training and l == 0:
-            entropy = policy(actor, batch.state)[0].entropy()
+            entropy = policy(actor, outputs(actor, batch.state)[0]).entropy()
             loss = loss - args.ent_coef * entropy.sum(1).mean(-1)
         # every agent learns from it; peers who are only modelled take a step of their own
         if l < length:
-            lrs = [args.peer_lr] * env.num_agents
-            lrs[0] = eta[:, [l]] if learns else 0.0
+            lrs = [eta[:, [l]] if learns else 0.0] + [args.peer_lr] * (env.num_agents - 1)
             new = inner_update(seen, logprob, batch, lrs, args, training)
             new = link(new, args.link_clip) if training else [p.constant() for p in new]
             if models:
@@ -569,7 +567,8 @@ def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), train
                 real = inner_update(players, logprob, batch, lrs, args, training=False)
                 new[1:] = [p.constant() for p in real[1:]]
             players = new
-    return Chain(loss / (length + 1), critic_loss / (length + 1), torch.stack(rewards, 1))
+    batches = length + 1
+    return Chain(loss / batches, critic_loss / batches, torch.stack(rewards, 1))
 
 
 def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
@@ -583,9 +582,10 @@ def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), trainin
         pay, H = env.reward_table, args.horizon
         value = exact_value(x, y, pay, args.gamma, H)  # (C, 2)
         rewards.append(exact_value(x, y, pay, 1.0, H).detach() / H)
-        if l >= first:
-            held = x.detach() if args.method == "no-own-learning" else x  # [D6]
-            loss = loss - exact_value(held, y, pay, args.gamma, H)[:, 0]
+        if l >= first and args.method == "no-own-learning":  # [D6]
+            loss = loss - exact_value(x.detach(), y, pay, args.gamma, H)[:, 0]
+        elif l >= first:
+            loss = loss - value[:, 0]
         # one step of both; in a test, and for the peer in Meta-PG, how it came about is forgotten
         if l < length:
             lrs = [eta[:, [l]] if learns else 0.0, args.peer_lr]
@@ -607,7 +607,8 @@ def pcgrad(gradients, order):
     out = gradients
     for others in order.T:  # its own turn changes nothing: <g, g> >= 0
         g = gradients[others]
-        share = (out * g).sum(1) / ((g * g).sum(1) + 1e-8)  # (C,), negative in a conflict
+        product = (out * g).sum(1)  # (C,), negative in a conflict
+        share = product / ((g * g).sum(1) + 1e-8)
         out = out - share.clamp(max=0)[:, None] * g
     return out
 
@@ -637,7 +638,7 @@ def build(args, env):
     actor, critic = map(initial, networks(args, env))
     eta = torch.full((args.chain_length,), args.inner_lr)
     params = copies({"actor": actor, "critic": critic, "step_sizes": eta}, args.device)
-    moments = {group: torch.zeros(3, x.numel(), device=args.device) for group, x in params.items()}
+    moments = {group: x.new_zeros(3, len(x)) for group, x in params.items()}
     return params, moments
 
 
@@ -654,8 +655,9 @@ def outer_update(env, params, moments, args, iteration, progress):
     order = torch.rand(args.num_chains, args.num_chains, device=env.device).argsort(1)
     # play, learn, play again; each chain with a copy of everything that is learned
     own = {group: x.expand(C, -1).clone().requires_grad_() for group, x in params.items()}
-    actor_shapes, critic_shapes = networks(args, env)
-    actor, critic = Player(own["actor"], actor_shapes), Player(own["critic"], critic_shapes)
+    shapes = networks(args, env)
+    actor = Player(own["actor"], shapes[0])
+    critic = Player(own["critic"], shapes[1])
     plan = chain_plan(args, progress)
     chain = CHAINS[args.gradient](env, actor, own["step_sizes"], critic, tasks, plan, args, (RANK, WORLD))
     # each chain's gradient, in one backward pass for actor and step sizes and another for the critic
@@ -692,22 +694,22 @@ def adapt(env, params, tasks, args):
 
 def evaluate(args, params, split):
     """{tag: value} on the personas of "val" or "test": each class, and all of them."""
-    flat, every = {}, []
+    flat, results = {}, {}  # results: {beginning of the tags: (n, L+1, N)}
     episodes = 1 if args.gradient == "exact" else args.eval_episodes
     with torch.random.fork_rng():
         torch.manual_seed((args.seed + 10_000) % 2**64)
         for name, tasks in make_env(args, 1).tasks_by_class(split).items():
             env = make_env(args, len(tasks) * episodes)
-            own, peer, *_ = adapt(env, params, tasks, args).unbind(2)  # each (n, L+1)
-            error = own.std(0, correction=0) / max(len(own) - 1, 1) ** 0.5
-            flat |= numbered(f"eval/{name}/return_{{}}", own.mean(0))
-            flat |= numbered(f"eval/{name}/return_{{}}_ci95", 1.96 * error)
-            flat |= numbered(f"eval/{name}/peer_return_{{}}", peer.mean(0))
-            flat[f"eval/{name}/sum_after_phi_0"] = own[:, 1:].sum(1).mean().item()
-            every.append(own)
-    every = torch.cat(every)  # the personas of all classes
-    flat["eval/sum_after_phi_0"] = every[:, 1:].sum(1).mean().item()
-    return flat | numbered("eval/return_{}", every.mean(0))
+            results[f"eval/{name}/"] = adapt(env, params, tasks, args)
+    results["eval/"] = torch.cat([*results.values()])
+    for tag, reward in results.items():
+        own = reward[..., 0]
+        error = own.std(0, correction=0) / max(len(own) - 1, 1) ** 0.5
+        flat |= numbered(tag + "return_{}", own.mean(0))
+        flat |= numbered(tag + "return_{}_ci95", 1.96 * error)
+        flat |= numbered(tag + "peer_return_{}", reward[..., 1].mean(0))
+        flat[tag + "sum_after_phi_0"] = own[:, 1:].sum(1).mean().item()
+    return flat
 
 
 def numbered(tag, values):
@@ -716,15 +718,15 @@ def numbered(tag, values):
 
 def table(flat, args):
     """The adaptation table of an evaluation: what agent i and its first peer get after 0..L updates."""
-    cheetah, numbers = args.env == "half_cheetah_dir", range(args.chain_length + 1)
-    what, digits = ("return of an episode", 1) if cheetah else ("reward per step", 3)
-    lines = [f"{args.env}: {what} of agent i against held-out personas"]
-    lines.append(" " * 22 + "".join(f"phi_{l}    " for l in numbers) + "sum from phi_1")
-    for name in (tag.split("/")[1] for tag in flat if tag.endswith("peer_return_0")):
-        for title, tag in (f"{name} peer", "return"), ("  what the peer gets", "peer_return"):
-            values = [flat[f"eval/{name}/{tag}_{l}"] for l in numbers]
-            lines.append(f"{title:22s}" + "".join(f"{x:<+9.{digits}f}" for x in values))
-        lines[-2] += f"{flat[f'eval/{name}/sum_after_phi_0']:+.2f}"
+    what = "return of an episode" if args.env == "half_cheetah_dir" else "reward per step"
+    lines = [f"{args.env}: {what} against held-out personas"]
+    numbers = range(args.chain_length + 1)
+    lines.append(" " * 25 + "".join(f"phi_{l}    " for l in numbers) + "sum from phi_1")
+    for tag in flat:
+        if tag.endswith("return_0"):  # of agent i or of the peer, against a class or all
+            row = [flat[f"{tag[:-1]}{l}"] for l in numbers]
+            row.append(sum(row[1:]))
+            lines.append(f"{tag[5:-2]:25s}" + "".join(f"{x:<+9.3f}" for x in row))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -858,9 +860,7 @@ def train(args):
     state, iteration, step = None, 0, 0
     if path := args.resume or args.evaluate:
         state = load(path)
-        params = copies(state["params"], args.device)
-        moments = copies(state["moments"], args.device)
-        best = copies(state["best"], args.device)
+        params, moments, best = (copies(state[x], args.device) for x in ("params", "moments", "best"))
         iteration, step, best_score = state["iteration"], state["step"], state["best_score"]
     if args.evaluate:
         report(args, best, state["folder"], step)

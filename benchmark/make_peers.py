@@ -46,14 +46,14 @@ class Pair:
         state = batch.state.expand(2, -1, -1, -1)  # (N, H, K, S)
         action, reward = batch.action[0].movedim(2, 0), batch.reward[:, 0] / 100  # (N, H, K, A), (1, H, K)
         with torch.no_grad():
-            old = m.policy(self.actors, state)[0].log_prob(action)
+            old = m.policy(self.actors, m.outputs(self.actors, state)[0]).log_prob(action)
             value = m.outputs(self.critic, batch.state)[0][..., 0]
             adv = m.gae(reward, value, GAMMA, LAMBDA)
             target, adv = adv + value, (adv - adv.mean()) / adv.std()
         for _ in range(EPOCHS):
             self.k += 1
             actors, critic = self.actors.constant(), self.critic.constant()
-            losses = (ppo_loss(m.policy(actors, state)[0].log_prob(action), old, adv),
+            losses = (ppo_loss(m.policy(actors, m.outputs(actors, state)[0]).log_prob(action), old, adv),
                       (m.outputs(critic, batch.state)[0][..., 0] - target).square().mean())
             rates = ACTOR_LR, CRITIC_LR
             groups = zip((self.actors, self.critic), (actors, critic), losses, self.moments, rates)

@@ -34,8 +34,10 @@ def test_without_peer_learning_it_ends_in_mutual_defection(tmp_path):
 
 
 def test_sampled_gradient_of_rps_leads_the_peer_on(tmp_path):
-    result = final(meta_mapg, tmp_path, env="rps", total_steps=46_080_000)
-    assert result["eval/return_0"] < 0 < 0.8 < result["eval/sum_after_phi_0"]  # loses first, to win later
+    result = final(meta_mapg, tmp_path, env="rps", num_chains=12, outer_lr=0.04, total_steps=12_288_000,
+                   eval_every=0)
+    assert result["eval/return_0"] < -0.02  # loses first, to win later; untrained: 0.00 and a sum of 0.92
+    assert result["eval/sum_after_phi_0"] > 1.15  # measured: -0.08 and 1.34
 
 
 def test_tesp_finds_hidden_goals_in_three_fast_updates(tmp_path):

@@ -7,6 +7,8 @@ import importlib.util
 import itertools
 import math
 import os
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,6 +45,14 @@ def arguments(**kw):
     return m.Args(**m.preset(m.Args(**kw)) | kw)
 
 
+def module(path):
+    """A script of this repository."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    out = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(out)
+    return out
+
+
 def numbers(*x):
     return torch.tensor(x, dtype=torch.float64)
 
@@ -76,16 +86,6 @@ def mixed(value, y, x):
 
 
 # ---------------------------------------------------------------- the chain of learners, nothing sampled
-def test_toy_game_gradients_with_and_without_peer_learning():  # T1, eq. (3): V^i = x y = -V^j, steps of .75
-    x, y = (v[:, None].requires_grad_() for v in (numbers(0.5, 0.2), numbers(-0.4, 0.9)))
-    p, q = m.Player(x, {}), m.Player(y, {})
-    new = m.ascend([p, q], torch.cat([x * y, -x * y], 1), [0.75, torch.full((2, 1), 0.75)], True)
-    for peer, expected in (new[1], (-0.925, 0.09375)), (new[1].constant(), (-0.775, 0.75)):
-        v1 = (new[0].flat * peer.flat)[:, 0]
-        close(v1, numbers(-0.155, 0.65625))
-        close(grad(v1.sum(), x, retain_graph=True)[:, 0], numbers(*expected))
-
-
 def test_exact_value_of_known_tables():  # T2, eq. (8)
     uniform, mostly_c = torch.zeros(1, 5, 2).double(), numbers(0.25, 0.75).log().expand(1, 5, 2)
     for H in (1, 2, 7, 150):
@@ -93,33 +93,23 @@ def test_exact_value_of_known_tables():  # T2, eq. (8)
     for H, v in (2, (1.1669362587, -0.6385133501)), (10, (4.2600814563, -1.9823920691)):
         close(m.exact_value(X[None], Y[None], IPD, 0.96, H)[0], numbers(*v))
     assert abs(m.exact_value(uniform, mostly_c, IPD, 0.96, 150)[0, 0] - 12.472609815) < 1e-8
-    torch.manual_seed(0)  # and the forward recursion in a larger game
-    x, y = torch.randn(2, 3, 10, 3, dtype=torch.float64)
-    P = (x.softmax(-1)[..., :, None] * y.softmax(-1)[..., None, :]).flatten(2)
-    d, value = F.one_hot(torch.zeros(3, dtype=torch.long), 10).double(), 0.0
-    for t in range(9):
-        d = F.pad(torch.einsum("cs,csn->cn", d, P), (1, 0))
-        value = value + 0.9**t * d @ RPS.double()
-        close(m.exact_value(x, y, RPS, 0.9, t + 1), value)
 
 
-def chain(x, args, eta=None, y=Y):
-    """sum of V^i(phi_l) over the scored l from the script's own chain, and its V^i(phi_L)."""
+def chain(x, args, eta=None):
+    """sum of V^i(phi_l) over the scored l, from the script's own chain."""
     plan = m.chain_plan(args, 1.0)
     eta = torch.full((1, args.chain_length), 0.1, dtype=x.dtype) if eta is None else eta
     x = x if x.requires_grad else x.clone().requires_grad_()  # the inner steps differentiate by it
-    out = m.exact_chain(GAME, player(x[None]), eta, None, y[None, None], plan, args)
-    return -out.loss[0] * (plan[0] + 1), out  # the loss is divided by the number of batches
+    loss = m.exact_chain(GAME, player(x[None]), eta, None, Y[None, None], plan, args).loss[0]
+    return -loss * (plan[0] + 1)  # which is divided by the number of batches
 
 
 def chain_gradient(args):
     x = X.clone().requires_grad_()
-    return grad(chain(x, args)[0], x)
+    return grad(chain(x, args), x)
 
 
 META_GRADIENTS = [  # L, H, method, sum of V^i(phi_l), gradient by the logits of C
-    (1, 2, "meta-mapg", 1.0095055620, (-0.30948909, -0.07586982, -0.06227196, -0.05161744, -0.03904844)),
-    (1, 2, "meta-pg", 1.0095055620, (-0.28199962, -0.03690741, -0.09873619, -0.02386972, -0.06768096)),
     (1, 10, "meta-mapg", 1.4199096492, (-0.44994607, -1.3105156, -0.47277281, -1.10447417, -0.29871598)),
     (1, 10, "meta-pg", 1.4199096492, (-0.36596897, -0.55680521, -0.83750197, -0.44710605, -0.60704197)),
     (2, 10, "meta-mapg", 1.4199096492 - 1.5526780480,
@@ -130,19 +120,17 @@ META_GRADIENTS = [  # L, H, method, sum of V^i(phi_l), gradient by the logits of
 @pytest.mark.parametrize("L, H, method, value, expected", META_GRADIENTS)
 def test_exact_meta_gradient(L, H, method, value, expected):  # T3
     args = arguments(chain_length=L, horizon=H, method=method)
-    assert abs(chain(X, args)[0] - value) < 1e-9
+    assert abs(chain(X, args) - value) < 1e-9
     g = chain_gradient(args)
     close(g[:, 1], numbers(*expected), atol=1e-8, rtol=0)
     close(g[:, 0], -g[:, 1])
 
 
-def test_exact_meta_gradient_and_that_of_eta_equal_finite_differences():  # T3, eq. (3)
-    args, eta = arguments(chain_length=2), numbers(0.1, 0.4)[None]
-    x, free = X.clone().requires_grad_(), eta.clone().requires_grad_()
-    g = torch.autograd.grad(chain(x, args, free)[0], [x, free])
-    close(g[0], central(lambda x: chain(x, args, eta)[0].detach(), X), atol=1e-8, rtol=0)
-    close(g[1], central(lambda e: chain(X, args, e)[0].detach(), eta), atol=1e-8, rtol=0)
-    assert g[1].abs().min() > 0.01
+def test_gradient_of_the_step_sizes_equals_finite_differences():  # T3, eq. (3)
+    args, eta = arguments(chain_length=2), numbers(0.1, 0.4)[None].requires_grad_()
+    g = grad(chain(X, args, eta), eta)
+    close(g, central(lambda e: chain(X, args, e).detach(), eta.detach()), atol=1e-8, rtol=0)
+    assert g.abs().min() > 0.01
 
 
 def test_the_two_ablations_add_up_to_the_whole_in_a_chain_of_one():  # [D6]
@@ -165,28 +153,23 @@ def test_lola_looks_ahead_with_the_peer_alone_and_reinforce_not_at_all():  # [D6
 
 def test_chains_grow_and_only_with_the_flag():  # [D4]
     args = arguments(chain_length=7, grow_chains=True)
-    assert [m.chain_plan(args, p)[0] for p in (0, 0.39, 0.4, 0.74, 0.75, 1)] == [1, 1, 3, 3, 7, 7]
+    assert [m.chain_plan(args, p)[0] for p in (0, 0.19, 0.2, 0.44, 0.45, 1)] == [1, 1, 3, 3, 7, 7]
     assert m.chain_plan(arguments(chain_length=2, grow_chains=True), 0.5)[0] == 2
     assert m.chain_plan(arguments(chain_length=7), 0)[0] == 7
 
 
 # ---------------------------------------------------------------- DiCE and the estimators, by enumeration
-def histories(x, y, H=2):
-    """All joint histories of H steps as chains of one episode: players, batch, their probabilities."""
-    actions = torch.tensor(list(itertools.product(range(2), repeat=2 * H))).view(-1, H, 1, 2)  # (C, H, 1, N)
-    index = 1 + 2 * actions[..., 0] + actions[..., 1]
-    state = torch.cat([torch.zeros_like(index[:, :1]), index[:, :-1]], 1)
-    players = [player(p.expand(len(actions), -1, -1)) for p in (x, y)]
-    batch = m.Batch(state, actions, IPD[index].double().movedim(-1, 1))
-    return batch, m.log_probs(players, batch)
-
-
 @pytest.mark.parametrize("with_baseline", [False, True])
 def test_loaded_dice_has_the_derivatives_of_the_expectation(with_baseline):  # T4, eq. (2), [D2]
     torch.manual_seed(0)
     x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
     value = m.exact_value(x[None], y[None], IPD, 0.96, 3)[0]
-    batch, logprob = histories(x, y, 3)
+    # all joint histories of three steps, as chains of one episode
+    actions = torch.tensor(list(itertools.product(range(2), repeat=6))).view(-1, 3, 1, 2)  # (C, H, 1, N)
+    index = 1 + 2 * actions[..., 0] + actions[..., 1]
+    state = F.pad(index[:, :-1], (0, 0, 1, 0))
+    batch = m.Batch(state, actions, IPD[index].double().movedim(-1, 1))
+    logprob = m.log_probs([player(z.expand(64, -1, -1)) for z in (x, y)], batch)
     p = logprob.sum((1, 2, 3)).exp().detach()
     assert len(p) == 64 and abs(p.sum() - 1) < 1e-14
     both = logprob.sum(1, keepdim=True).expand_as(logprob)
@@ -203,39 +186,6 @@ def test_loaded_dice_has_the_derivatives_of_the_expectation(with_baseline):  # T
     close(mixed(shaped[1], y, x), second, atol=1e-14, rtol=0)
     assert mixed(own[1], y, x).abs().max() == 0  # own nodes: the peer's step ignores us
     assert (mixed(forgetful[1], y, x) - second).abs().max() > 0.01  # lambda < 1: a bias
-
-
-PENNIES = torch.tensor([[[1, -1], [-1, 1]], [[-1, 1], [1, -1]]]).double()  # [a^i, a^j] -> r^i, r^j
-
-
-@pytest.mark.parametrize("K, wanted", [(1, 0.24423993), (2, 0.25804638), (3, 0.26271466), (4, 0.26511605)])
-def test_expectation_of_the_estimator(K, wanted):  # T6, eq. (5): all 4^K batches of one-shot matching pennies
-    x = numbers(0.2, -0.3)[None, None].requires_grad_()
-    actions = torch.tensor(list(itertools.product(range(2), repeat=2 * K))).view(-1, 1, K, 2)
-    tables = x, numbers(-0.5, 0.4)[None, None].requires_grad_()
-    players = [player(p.expand(len(actions), -1, -1)) for p in tables]
-    reward = PENNIES[actions[..., 0], actions[..., 1]].movedim(-1, 1)
-    batch = m.Batch(torch.zeros_like(actions[..., 0]), actions, reward)
-    logprob = m.log_probs(players, batch)
-    nodes = logprob.sum(1, keepdim=True).expand_as(logprob)
-    objective = m.dice_objective(nodes, reward, torch.zeros_like(reward), 0.96)
-    new, loss = m.ascend(players, objective, [0.1, 1.0], True), 0.0
-    for a in itertools.product(range(2), repeat=2):  # the four outcomes of tau_1
-        action = torch.tensor(a).expand(4**K, 1, K, 2)
-        lp_1 = m.log_probs(new, m.Batch(torch.zeros_like(action[..., 0]), action, None))
-        weight = (logprob.sum((1, 2, 3)).exp() * lp_1[..., 0].sum((1, 2)).exp()).detach()
-        loss = loss + weight @ m.outer_loss(lp_1, PENNIES[a][0].expand(4**K, 1, K), "meta-mapg")
-    assert abs(-grad(loss, x)[0, 0, 1] - wanted) < 1e-8
-
-
-def test_outer_loss_equals_its_sum_written_out():  # eq. (5), [D3]
-    torch.manual_seed(0)
-    lp, adv = torch.randn(2, 3, 4, 5).double(), torch.randn(2, 4, 5).double()  # C, N, H, K
-    own, peers = lp[:, 0], lp[:, 1] + lp[:, 2]
-    scores = {"meta-mapg": own + peers, "lola-dice": own + peers, "meta-pg": own, "reinforce": own,
-              "no-own-learning": peers}
-    for method, score in scores.items():
-        close(m.outer_loss(lp, adv, method), -(score * adv).sum((1, 2)) / 5)
 
 
 def test_link_shortens_the_gradient_of_each_chain_on_the_way_back_alone():  # [D4]
@@ -380,21 +330,19 @@ def test_the_rate_falls_and_steps_shrink_with_it():  # [D4]
 
 
 # ---------------------------------------------------------------- sampled chains
-def sampled(game="ipd", C=2, policy="table", given=None, part=None, **kw):
+def sampled(game="ipd", C=2, policy="table", given=None, **kw):
     """One sampled_chain in float64 and what it may depend on. given: an earlier one, to start alike."""
     kw = dict(chain_length=2, num_episodes=4, horizon=5, ent_coef=0.0, link_clip=math.inf, dice_lambda=1.0,
               grow_chains=False) | kw
     args = arguments(env=game, policy=policy, gradient="sampled", num_chains=C, **kw)
-    first, n = part or (0, C)  # of C chains, those that this process would own
-    env = m.make_env(args, n * args.num_episodes)
+    env = m.make_env(args, C * args.num_episodes)
     nets = m.networks(args, env)
     flats = [0.2 * torch.randn(C, sum(map(math.prod, net.values()))) for net in nets]
     actor, critic = given.leaves if given else [m.Player(x.double(), net) for x, net in zip(flats, nets)]
     tasks = given.tasks if given else env.sample_tasks(C)
-    actor, critic = (p._replace(flat=p.flat[first : first + n]).constant() for p in (actor, critic))
-    eta = torch.full((n, args.chain_length), args.inner_lr, dtype=torch.float64, requires_grad=True)
-    out = m.sampled_chain(env, actor, eta, critic, tasks[first : first + n].double(), m.chain_plan(args, 1.0),
-                          args, (first // n, C // n))
+    actor, critic = actor.constant(), critic.constant()
+    eta = torch.full((C, args.chain_length), args.inner_lr, dtype=torch.float64, requires_grad=True)
+    out = m.sampled_chain(env, actor, eta, critic, tasks.double(), m.chain_plan(args, 1.0), args)
     return SimpleNamespace(args=args, leaves=(actor, critic), eta=eta, tasks=tasks, env=env, out=out)
 
 
@@ -427,46 +375,6 @@ def test_training_and_test_take_the_same_step_and_only_shaping_reaches_the_peer(
     close(steps[0][:, :10], run.leaves[0].flat + g * run.args.inner_lr)
 
 
-@pytest.mark.parametrize("policy", ["table", "lstm"])
-def test_the_two_losses_share_no_parameters(policy):  # T12
-    torch.manual_seed(0)
-    run = sampled(policy=policy)
-    actor, critic = (p.flat for p in run.leaves)
-    for loss, own, other in (run.out.loss, actor, critic), (run.out.critic_loss, critic, actor):
-        assert (grad(loss.sum(), own, retain_graph=True) != 0).any()
-        assert (grad(loss.sum(), other, retain_graph=True) == 0).all()
-
-
-def test_entropy_of_phi_0_and_critic_loss_in_closed_form():
-    start = SimpleNamespace(leaves=(player(torch.zeros(2, 5, 2)), player(torch.full((2, 5, 1), 0.7))),
-                            tasks=torch.zeros(2, 1, 5, 2))
-    runs = []
-    for weight in 0.0, 0.5:
-        torch.manual_seed(0)
-        runs.append(sampled(given=start, ent_coef=weight, gamma=0.0))
-    bonus = torch.full((2,), -0.5 * 5 * math.log(2) / 3).double()  # H ln 2 / (L + 1)
-    close(runs[1].out.loss - runs[0].out.loss, bonus)
-    mean = runs[0].out.reward[:, 1:, 0]  # with gamma = 0 the target is the reward, -1.5 to 1.5
-    assert (runs[0].out.critic_loss >= ((0.7 - mean) ** 2).sum(1) / 3 - 1e-6).all()
-
-
-def test_sampled_inner_gradient_equals_the_exact_one():  # T13
-    torch.manual_seed(0)
-    C, K = 40, 500  # 20,000 episodes
-    args = arguments(gradient="sampled")
-    env = m.make_env(args, C * K)
-    players = [player(p.expand(C, 5, 2)).constant() for p in (X, Y)]
-    batch = m.rollout(env, players)
-    new = m.inner_update(players, m.log_probs(players, batch), batch, [1.0, 1.0], args, training=False)
-    x, y = X[None].clone().requires_grad_(), Y[None].clone().requires_grad_()
-    value = m.exact_value(x, y, IPD, 0.96, 10)[0]
-    for a, z in (0, x), (1, y):
-        g = new[a].flat - players[a].flat
-        error = (g.mean(0) - grad(value[a], z, retain_graph=True)[0].flatten()) / (g.std(0) / math.sqrt(C))
-        assert error.abs().max() < 4
-        assert (g.std(0) / math.sqrt(C)).max() < 0.03 * g.mean(0).norm()  # else it shows nothing
-
-
 VARIANTS = [dict(), dict(method="no-own-learning"), dict(method="meta-pg"), dict(method="lola-dice"),
             dict(method="reinforce"), dict(chain_length=2), dict(opponent_model=True)]
 
@@ -485,7 +393,7 @@ def test_sampled_meta_gradient_equals_the_exact_one(kw):  # T13: eqs. (1)-(5) ag
     eta, x = torch.full((1, run.args.chain_length), 0.5, dtype=torch.float64), X.clone().requires_grad_()
 
     def distance(args):
-        wanted = -grad(chain(x, args, eta)[0], x).flatten() / (m.chain_plan(args, 1.0)[0] + 1)
+        wanted = -grad(chain(x, args, eta), x).flatten() / (m.chain_plan(args, 1.0)[0] + 1)
         return ((g.mean(0) - wanted) / error).abs().max()
 
     assert distance(arguments(**kw)) < 4
@@ -493,27 +401,14 @@ def test_sampled_meta_gradient_equals_the_exact_one(kw):  # T13: eqs. (1)-(5) ag
         assert distance(arguments(**kw | dict(method="meta-pg"))) > 6  # a missing peer term would be seen
 
 
-@pytest.mark.parametrize("policy", ["table", "lstm"])
-def test_batched_chains_equal_one_chain_at_a_time(policy):  # T13
-    torch.manual_seed(0)
-    start = sampled(policy=policy, C=3, link_clip=0.5)
-    torch.manual_seed(1)
-    batched = gradients(sampled(given=start, policy=policy, C=3, link_clip=0.5))
-    for c in range(3):
-        torch.manual_seed(1)
-        close(gradients(sampled(given=start, policy=policy, C=3, part=(c, 1), link_clip=0.5))[0], batched[c])
-    assert (batched[0] - batched[1]).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("game, policy", [("ipd", "lstm"), ("rps", "lstm"), ("rps", "table")])
 def test_gradients_equal_those_of_the_oracle(game, policy, monkeypatch):  # eqs. (1)-(5)
-    spec = importlib.util.spec_from_file_location("oracle", ROOT / "tests" / "oracles" / "meta_mapg.py")
-    oracle = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(oracle)
+    oracle = module("tests/oracles/meta_mapg.py")
     torch.manual_seed(0)
     batches, real = [], m.rollout
     monkeypatch.setattr(m, "rollout", lambda *a: batches.append(real(*a)) or batches[-1])
-    run = sampled(game, policy=policy, horizon=6, num_episodes=5, ent_coef=0.5, dice_lambda=0.7)
+    run = sampled(game, policy=policy, horizon=6, num_episodes=5, ent_coef=0.5, dice_lambda=0.7,
+                  link_clip=0.1)
     ours = gradients(run)
     world = envs.make(game, 5, horizon=6)  # one-hot observations
     for c in range(2):
@@ -550,10 +445,9 @@ def test_fitted_opponent_has_the_frequencies_seen_and_the_derivative_of_the_mode
           atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(opponent_model=True)], ids=str)
-def test_each_of_many_agents_follows_its_own_reward_and_is_shaped(kw):  # eq. (3)
+def test_each_of_many_agents_follows_its_own_reward_and_is_shaped():  # eq. (3)
     torch.manual_seed(0)
-    run = sampled("rps3", chain_length=1, **kw)
+    run = sampled("rps3", chain_length=1, opponent_model=True)
     assert run.out.loss.shape == (2,) and run.out.reward.shape == (2, 2, 3)
     assert gradients(run).isfinite().all()
     players = [run.leaves[0], *m.peers_of(run.tasks.double(), run.env)]
@@ -584,17 +478,13 @@ def test_landmarks_of_fixed_strategies_against_personas():  # T7
             assert abs(mean - value) < 0.015, (name, cooperate)
 
 
-def test_converter_of_the_authors_pickles(tmp_path):
-    import pickle
-    import subprocess
-    import sys
-
+def test_converter_of_the_authors_pickles(tmp_path, monkeypatch):
     for name, split in itertools.product(CLASSES["ipd"], ("train", "val", "test")):
         (tmp_path / name).mkdir(exist_ok=True)
         tables = [torch.full((5, 2), 0.5).log() for _ in range(3)]
         (tmp_path / name / split).write_bytes(pickle.dumps(tables))
-    script = ROOT / "benchmark" / "personas_from_pickle.py"
-    subprocess.run([sys.executable, script, tmp_path, tmp_path / "p.npz"], check=True)
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path), str(tmp_path / "p.npz")])
+    module("benchmark/personas_from_pickle.py")
     tasks = MatrixGame("ipd", 1, personas=tmp_path / "p.npz").tasks_by_class("val")["defective"]
     close(tasks, torch.full((3, 1, 5, 2), math.log(0.5)))
 
@@ -620,10 +510,8 @@ def test_peers_survive_the_file_and_have_the_splits_of_the_authors(tmp_path):
     assert len(seen) > 100 and not seen & set(VALIDATION) and max(seen) < 300
     net, = m.peers_of(env.sample_tasks(2), env)
     assert net.flat.shape == (2, 34_630) and net.parts()["log_std"].shape == (2, 3)
-    (tmp_path / "text.npz").write_text("no zip")
-    for name in "text", "missing":
-        with pytest.raises(ValueError, match="not a file of"):
-            read_peers(str(tmp_path / f"{name}.npz"))
+    with pytest.raises(ValueError, match="not a file of"):
+        read_peers(str(tmp_path / "missing.npz"))
     shipped = read_peers(os.path.abspath(PEERS))
     assert shipped.shape == (325, 34_630) and ((shipped[1:] - shipped[:-1]).abs().amax(1) > 0).all()
 
@@ -643,9 +531,7 @@ def test_a_cheetahs_peer_is_shaped_too(tmp_path):  # eqs. (1)-(5), Gaussian play
 
 
 def test_making_peers_learns_and_is_reproducible():
-    spec = importlib.util.spec_from_file_location("make_peers", ROOT / "benchmark" / "make_peers.py")
-    make_peers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_peers)
+    make_peers = module("benchmark/make_peers.py")
     old, adv = torch.zeros(2, 1, 3), torch.tensor([[[1.0, -1.0, 2.0]]])
     new = torch.tensor([[[1.5, 1.5, 0.9]], [[0.5, 0.5, 1.1]]]).log().requires_grad_()
     loss = make_peers.ppo_loss(new, old, adv)

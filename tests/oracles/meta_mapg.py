@@ -86,6 +86,20 @@ def inner_update(players, lrs, obs, logprobs, rewards, args):
     return updated
 
 
+class Link(torch.autograd.Function):
+    """The same tensors; on the way back their gradients are shortened to a joint norm of at most `limit`."""
+
+    @staticmethod
+    def forward(ctx, limit, *tensors):
+        ctx.limit = limit
+        return tuple(x.clone() for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        norm = sum((g**2).sum() for g in gradients).sqrt().item()
+        return None, *(g * min(1, ctx.limit / (norm + 1e-6)) for g in gradients)
+
+
 def chain_losses(env, actor, eta, critic, peers, args, recorded=None):
     """The losses of actor and critic for one chain. env: K games with one-hot observations; peers: dicts."""
     players, loss, critic_loss = [actor, *peers], 0.0, 0.0
@@ -103,6 +117,8 @@ def chain_losses(env, actor, eta, critic, peers, args, recorded=None):
         if l < args.chain_length:
             lrs = [eta[l], *[args.peer_lr] * len(peers)]
             players = inner_update(players, lrs, obs, logprobs, rewards, args)
+            linked = iter(Link.apply(args.link_clip, *[x for p in players for x in p.values()]))
+            players = [{name: next(linked) for name in p} for p in players]
     return loss / (args.chain_length + 1), critic_loss / (args.chain_length + 1)
 
 
