@@ -107,7 +107,7 @@ class Args:
     seed: int = 1  # of torch, and with it of environments and networks
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch, and of MuJoCo
-    total_steps: Count = 2_048_000  # training transitions of all rows; step sizes fall to 0 at 95 % of them
+    total_steps: Count = 1_024_000  # training transitions of all rows; step sizes fall to 0 at 95 % of them
     eval_every: within(int, 0) = 100  # iterations between evaluations; 0: only at the end
     eval_episodes: within(int, 2) = 64  # trials of each task in an evaluation
     save_every: Count = 25  # iterations between checkpoints; one is also written at the end and on Ctrl-C
@@ -119,19 +119,21 @@ class Args:
     # --- algorithm
     method: Literal["mg2l", "none", "task-given", "global-only", "pearl"] = "mg2l"  # what actors are told
     local_loss: Literal["joint", "own", "kl"] = "joint"  # eq. (11)
+    pool: Literal["pia", "mean"] = "pia"  # weights of eq. (3): attention, or all alike
     num_envs: Count = 48  # M, rows of an iteration with inferred latents
     context_envs: Count = 16  # rows beside them that the prior plays, to fill the rings
     horizon: Count = 100  # T, steps of an episode
-    context_size: Count = 100  # B, transitions in a context
+    context_size: Count = 50  # B, transitions in a context
     ring_size: Count = 500  # episodes that the ring of a task holds, eq. (1)
     keys: Count = 8  # contexts of each task whose mean is the key in eqs. (10), (11)
     hidden: Count = 64  # units in both hidden layers of actors and critics
     latent_dim: Count = 16  # C, numbers in z and in z^i
-    warm_up: within(int, 0) = 50  # first iterations, in which the prior plays all rows
-    encoder_updates: within(int, 0) = 20  # U, steps on eq. (12); 0: the encoder learns from critics alone
+    warm_up: within(int, 0) = 25  # first iterations, in which the prior plays all rows
+    encoder_updates: within(int, 0) = 10  # U, steps on eq. (12); 0: the encoder learns from critics alone
     encoder_lr: Size = 2e-3  # step size of AdamW, eqs. (9) and (12)
     kl_coef: Size = 0.003  # alpha, weight of the KL terms in eq. (12)
-    ppo_epochs: Count = 6  # passes over an iteration's episodes, eq. (9)
+    ppo_epochs: Count = 4  # passes over an iteration's episodes, eq. (9)
+    minibatches: Count = 4  # parts, by episodes, of a pass
     lr: Size = 1e-3  # step size of Adam for actors and critics, eq. (9)
     gamma: Share = 0.99  # discount, eq. (5)
     gae_lambda: Share = 0.95  # lambda of eq. (5)
@@ -210,12 +212,13 @@ PRIOR = Normal(0.0, 1.0)  # of each number in a latent
 Distribution.set_default_validate_args(False)  # checks would take a fifth of a rollout
 
 
-def mlp(p, x, act=torch.relu):
-    """(LayerNorm ->) Linear -> act -> LayerNorm -> Linear -> ... of x (n, R, in), all agents at once."""
+def mlp(p, x, act=torch.relu, norm_inputs=True):
+    """(LayerNorm ->) Linear -> act -> LayerNorm -> Linear -> ... of x (n, R, in), all agents at once. The norms
+    have no scale and shift of their own: the next layer has them."""
     layers = sum(name.startswith("w") for name in p)
     for l in range(layers):
-        if f"scale{l}" in p:
-            x = F.layer_norm(x, x.shape[-1:]) * p[f"scale{l}"] + p[f"shift{l}"]
+        if l or norm_inputs:
+            x = F.layer_norm(x, x.shape[-1:])
         x = torch.baddbmm(p[f"b{l}"], x, p[f"w{l}"])
         if l < layers - 1:
             x = act(x)
@@ -226,16 +229,13 @@ def orthogonal(inputs, outputs, gain=1.0):
     return torch.nn.init.orthogonal_(torch.empty(inputs, outputs), gain)
 
 
-def make_mlp(n, sizes, gain=1.0, head_gain=1.0, norm_inputs=False):
-    """Orthogonal weights (n, in, out), biases 0, and a layer norm before each layer but perhaps the first."""
+def make_mlp(n, sizes, gain=1.0, head_gain=1.0):
+    """Orthogonal weights (n, in, out), biases 0."""
     p = {}
     for l, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])):
         scale = head_gain if l == len(sizes) - 2 else gain
         p[f"w{l}"] = torch.stack([orthogonal(inputs, outputs, scale) for _ in range(n)])  # (n, in, out)
         p[f"b{l}"] = torch.zeros(n, 1, outputs)
-        if l or norm_inputs:
-            p[f"scale{l}"] = torch.ones(n, 1, inputs)
-            p[f"shift{l}"] = torch.zeros(n, 1, inputs)
     return p
 
 
@@ -292,22 +292,23 @@ def part_of(p, part):
     return {name.partition(".")[2]: x for name, x in p.items() if name.startswith(f"{part}.")}
 
 
-def pool(p, x):
-    """eq. (3) over dimension -2: a set (..., S, H) -> (..., outputs)."""
-    weight = (x @ p["wa"]).softmax(-2)  # (..., S, 1)
-    return (weight * (x @ p["wv"] + p["bv"])).sum(-2) @ p["wo"] + p["bo"]
+def pool(p, x, kind="pia"):
+    """eq. (3) over dimension -2: a set (..., S, H) -> (..., outputs). mean: equal weights."""
+    weight = (x @ p["wa"] * (kind == "pia")).softmax(-2)  # (..., S, 1)
+    mean = (weight * x).sum(-2)  # Wv comes after the sum: it is linear, and the weights sum to 1
+    return (mean @ p["wv"] + p["bv"]) @ p["wo"] + p["bo"]
 
 
 def encode(p, context, args):
     """eq. (2): context (n, M, B, F), normalised -> q(z|c), (1, M, C), and all q^i(z^i|c^i), (n, M, C)."""
-    e = mlp(part_of(p, "transition"), context.flatten(0, 2)[None], F.gelu)
+    e = mlp(part_of(p, "transition"), context.flatten(0, 2)[None], F.gelu, False)
     e = e.view(*context.shape[:3], -1)  # (n, M, B, H)
     if args.method == "pearl":
         return product(e)
-    x = pool(part_of(p, "pool"), e)  # (n, M, H)
-    mu = pool(part_of(p, "agents"), x.transpose(0, 1))[None]  # (1, M, C)
+    x = pool(part_of(p, "pool"), e, args.pool)  # (n, M, H)
+    mu = pool(part_of(p, "agents"), x.transpose(0, 1), args.pool)[None]  # (1, M, C)
     # The local path starts from constants: neither eq. (11) nor the actors reach what z is made of.
-    mu_i = mlp(part_of(p, "local"), x.detach(), F.gelu)  # (n, M, C)
+    mu_i = mlp(part_of(p, "local"), x.detach(), F.gelu, False)  # (n, M, C)
     sd = F.softplus(mu @ p["sigma.w"] + p["sigma.b"])
     sd_i = F.softplus(mu_i @ p["local_sigma.w"] + p["local_sigma.b"])
     return Normal(mu, sd), Normal(mu_i, sd_i)
@@ -472,7 +473,7 @@ def gae(reward, value, alive, ended, gamma, gae_lambda):
     adv = torch.empty_like(reward)
     acc = torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.shape[1])):
-        acc = delta[:, t] + gamma * gae_lambda * (1 - ended[t]) * acc
+        acc = delta[:, t] + gamma * gae_lambda * acc  # after an end all deltas are 0
         adv[:, t] = acc
     return adv
 
@@ -518,9 +519,9 @@ def build(args, env):
     features, infers = 2 * O + A + 1, args.method in INFERS
     told = {"none": 0, "task-given": tasks.shape[1]}.get(args.method, args.latent_dim)
     sizes = [args.hidden, args.hidden]
-    actor = make_mlp(n, [O + told, *sizes, A], math.sqrt(2), 0.01, norm_inputs=True)  # gains are MAPPO's
+    actor = make_mlp(n, [O + told, *sizes, A], math.sqrt(2), 0.01)  # gains are MAPPO's
     actor |= {} if env.discrete else {"log_std": torch.zeros(n, 1, A)}
-    critic = make_mlp(n, [n * O + told, *sizes, 1], math.sqrt(2), norm_inputs=True)
+    critic = make_mlp(n, [n * O + told, *sizes, 1], math.sqrt(2))
     encoder = make_encoder(n, features, args.latent_dim, args.method) if infers else {}
     params = {"actor": actor, "critic": critic, "encoder": encoder}
     for p in params.values():
@@ -574,33 +575,38 @@ def ppo_update(learner, play, tasks, zi, z, context, noise, args):
     """eq. (9): all agents at once [D5], on all rows [D4]. Where there is a `context`, the critics' z is made
     of it anew, and their steps take the encoder along. Returns {tag: value}."""
     params, norm = learner.params, learner.norm
-    T = len(play.alive)
+    T, R = play.alive.shape
+    M = 0 if context is None else context.shape[1]
 
-    def flat(x):
-        return x[:, :T].flatten(1, 2)  # (n, T, R, ...) -> (n, T R, ...)
+    def part(x, rows):
+        return x[:, :T, rows].flatten(1, 2)  # (n, T, R, ...) -> (n, T r, ...)
 
-    obs, action, old_logprob = flat(play.obs), flat(play.action), flat(play.logprob)
-    old, ret, adv = (flat(x) for x in targets(learner, play, z, args))  # (n, T R) each
-    zi = at_all_times(zi, T)  # (n or 1, T R, C)
-    weight = (play.alive / play.alive.sum()).flatten()
-    for _ in range(args.ppo_epochs):
+    before = targets(learner, play, z, args)
+    batches = [batch for _ in range(args.ppo_epochs) for batch in torch.randperm(R).chunk(args.minibatches)]
+    for rows in batches:
+        rows = rows.sort().values  # (r,) the first of them, `known`, infer their latents
+        known = rows[rows < M]
+        obs, action, old_logprob = (part(x, rows) for x in (play.obs, play.action, play.logprob))
+        old, ret, adv = (part(x, rows) for x in before)  # (n, T r) each
+        weight = (play.alive[:, rows] / play.alive[:, rows].sum()).flatten()
         # the actors' step
-        pi = policy(params["actor"], obs, zi)
-        logprob, entropy = pi.log_prob(action), pi.entropy()  # (n, T R)
+        pi = policy(params["actor"], obs, at_all_times(zi[:, rows], T))
+        logprob, entropy = pi.log_prob(action), pi.entropy()  # (n, T r)
         loss = actor_loss(logprob, old_logprob, adv, entropy, weight, args.clip_coef, args.ent_coef)
         descend(learner, loss.sum(), "actor")
         # the critics' step, and the encoder's with them
-        kl = 0.0
-        if context is not None:
-            _, z, q = latents(params["encoder"], tasks, context, noise, args)
+        kl, z_now = 0.0, z[:, rows]
+        if len(known):
+            own = [x[:, rows] for x in noise]
+            _, z_now, q = latents(params["encoder"], tasks[rows], context[:, known], own, args)
             if args.method == "pearl":
                 kl = args.kl_coef * kl_divergence(q[1], PRIOR).mean()
         norm.update(ret, weight)  # at every step, as in the released code
         target = norm.norm(ret)
-        value = values(params["critic"], obs, at_all_times(z, T))
+        value = values(params["critic"], obs, at_all_times(z_now, T))
         v_loss = critic_loss(value, old, target, weight, args.clip_coef).sum()
-        descend(learner, v_loss + kl, "critic", *(["encoder"] if z.requires_grad else []))
-    logs = {  # of the last epoch
+        descend(learner, v_loss + kl, "critic", *(["encoder"] if z_now.requires_grad else []))
+    logs = {  # of the last step
         "losses/actor": loss.mean(),
         "losses/critic": v_loss,
         "losses/entropy": entropy.mean(),
