@@ -16,7 +16,7 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
                returns, and what E reads, are normalised by running moments       (6)  -> RunningNorm.update()
                L_V = mean max(huber(e), huber(e clipped)), also through z         (7)  -> critic_loss()
                L_pi = -mean min(ratio A, clip(ratio) A) - 0.01 entropy            (8)  -> actor_loss()
-               epochs of Adam on (7) and (8), and of AdamW on the encoder by (7)  (9)  -> ppo_update()
+               minibatches: Adam on (7) and (8), AdamW on the encoder by (7)      (9)  -> ppo_update()
                U times: a query z_m for each row, a key for each of the K tasks,
                  L_G = -mean log softmax_k(<z_m, z_k>) at k = k_m                 (10) -> info_nce()
                  L_L = the same for the pairs [sg z, z^i], agent by agent         (11) -> local_loss()
@@ -41,8 +41,7 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
                                                                   # task in 0.96, return -132 (one seed)
              python mg2l.py --env spread --method none            # or task-given, global-only, pearl
              python mg2l.py --env spread --local-loss own         # scores of z^i alone; kl: KL(q || q^i)
-             python mg2l.py --env hunting                         # this and the next: not yet measured
-             python mg2l.py --env hopper_param                    # or cheetah_dir, rware
+             python mg2l.py --env hunting                         # or cheetah_dir, hopper_param, rware
              python mg2l.py --evaluate runs/x/checkpoint.pt --capture-video
   Licence    MIT. Please cite the paper above for the method.
 """
@@ -150,8 +149,7 @@ PRESETS = {  # what differs from the defaults
     "hunting": {},
     "cheetah_dir": ROBOTS,
     "hopper_param": ROBOTS | dict(eval_shots=32),
-    "rware": dict(hidden=128, lr=5e-4, ring_size=50,
-                  total_steps=4_800_000, eval_episodes=16),
+    "rware": dict(hidden=128, lr=5e-4, ring_size=50, total_steps=4_800_000, eval_episodes=16),
 }
 
 
@@ -213,12 +211,11 @@ Distribution.set_default_validate_args(False)  # checks would take a fifth of a 
 
 
 def mlp(p, x, act=torch.relu, norm_inputs=True):
-    """(LayerNorm ->) Linear -> act -> LayerNorm -> Linear -> ... of x (n, R, in), all agents at once. The norms
-    have no scale and shift of their own: the next layer has them."""
+    """(LayerNorm ->) Linear -> act -> LayerNorm -> Linear -> ... of x (n, R, in), all agents at once."""
     layers = sum(name.startswith("w") for name in p)
     for l in range(layers):
         if l or norm_inputs:
-            x = F.layer_norm(x, x.shape[-1:])
+            x = F.layer_norm(x, x.shape[-1:])  # the next layer has a scale and a shift already
         x = torch.baddbmm(p[f"b{l}"], x, p[f"w{l}"])
         if l < layers - 1:
             x = act(x)
@@ -330,9 +327,8 @@ def make_noise(env, args):
 
 
 def latents(encoder, tasks, context, noise, args):
-    """In R rows: what actors are told, z^i (n or 1, R, C), a constant; what critics are told, z, the same
-    shape; and (q, q^i). The first M infer from `context` (n, M, B, F), if there is one; to the others `noise`
-    is given, the prior's latents."""
+    """In R rows: what actors are told, z^i (n or 1, R, C), a constant; what critics are told, z; (q, q^i).
+    The first M infer from `context` (n, M, B, F), if there is one; the others get `noise`, the prior."""
     if args.method not in INFERS:
         given = tasks[None] if args.method == "task-given" else tasks[None, :, :0]
         return given, given, None
@@ -467,20 +463,19 @@ def local_loss(z, z_key, zi, zi_key, tasks, keep=1.0):
 
 
 def gae(reward, value, alive, ended, gamma, gae_lambda):
-    """eq. (5): A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V_{t+1} - V_t, without what follows an
-    end; the horizon is no end, there V_T counts [D5]. reward (n, T, R), value (n, T + 1, R), flags (T, R)."""
+    """eq. (5): A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V_{t+1} - V_t, and 0 after an end; the
+    horizon is no end: there V_T counts [D5]. reward (n, T, R), value (n, T + 1, R), flags (T, R)."""
     delta = (reward + gamma * (1 - ended) * value[:, 1:] - value[:, :-1]) * alive
     adv = torch.empty_like(reward)
     acc = torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.shape[1])):
-        acc = delta[:, t] + gamma * gae_lambda * acc  # after an end all deltas are 0
+        acc = delta[:, t] + gamma * gae_lambda * acc  # 0 after an end, as the deltas are
         adv[:, t] = acc
     return adv
 
 
 def critic_loss(value, old, target, weight, clip_coef):
-    """eq. (7), for each agent: normalised values, those of before the update and normalised returns (n, R),
-    weight (R,) -> (n,). Huber's loss is e^2 / 2 up to 10, then linear."""
+    """eq. (7), for each agent: values, old values and returns (n, R), all normalised; weight (R,) -> (n,)."""
     clipped = old + (value - old).clamp(-clip_coef, clip_coef)
     errors = [F.huber_loss(v, target, reduction="none", delta=10.0) for v in (value, clipped)]
     return (torch.maximum(*errors) * weight).sum(1)
@@ -557,8 +552,7 @@ def descend(learner, loss, *groups):
 
 @torch.no_grad()
 def targets(learner, play, z, args):
-    """(n, T, R) each: values of before the update, normalised; returns; advantages, whose mean is 0 and
-    deviation 1 for each agent."""
+    """(n, T, R) each: normalised values; returns; advantages, of mean 0 and deviation 1 for each agent."""
     steps, R = play.obs.shape[1:3]  # T + 1
     old = values(learner.params["critic"], play.obs.flatten(1, 2), at_all_times(z, steps))
     mean, sd = learner.norm.moments()
@@ -572,8 +566,7 @@ def targets(learner, play, z, args):
 
 
 def ppo_update(learner, play, tasks, zi, z, context, noise, args):
-    """eq. (9): all agents at once [D5], on all rows [D4]. Where there is a `context`, the critics' z is made
-    of it anew, and their steps take the encoder along. Returns {tag: value}."""
+    """eq. (9): all agents at once [D5], on all rows [D4]; the critics' z is made anew of `context`."""
     params, norm = learner.params, learner.norm
     T, R = play.alive.shape
     M = 0 if context is None else context.shape[1]
@@ -582,30 +575,32 @@ def ppo_update(learner, play, tasks, zi, z, context, noise, args):
         return x[:, :T, rows].flatten(1, 2)  # (n, T, R, ...) -> (n, T r, ...)
 
     before = targets(learner, play, z, args)
-    batches = [batch for _ in range(args.ppo_epochs) for batch in torch.randperm(R).chunk(args.minibatches)]
-    for rows in batches:
-        rows = rows.sort().values  # (r,) the first of them, `known`, infer their latents
-        known = rows[rows < M]
-        obs, action, old_logprob = (part(x, rows) for x in (play.obs, play.action, play.logprob))
-        old, ret, adv = (part(x, rows) for x in before)  # (n, T r) each
-        weight = (play.alive[:, rows] / play.alive[:, rows].sum()).flatten()
-        # the actors' step
-        pi = policy(params["actor"], obs, at_all_times(zi[:, rows], T))
-        logprob, entropy = pi.log_prob(action), pi.entropy()  # (n, T r)
-        loss = actor_loss(logprob, old_logprob, adv, entropy, weight, args.clip_coef, args.ent_coef)
-        descend(learner, loss.sum(), "actor")
-        # the critics' step, and the encoder's with them
-        kl, z_now = 0.0, z[:, rows]
-        if len(known):
-            own = [x[:, rows] for x in noise]
-            _, z_now, q = latents(params["encoder"], tasks[rows], context[:, known], own, args)
-            if args.method == "pearl":
-                kl = args.kl_coef * kl_divergence(q[1], PRIOR).mean()
-        norm.update(ret, weight)  # at every step, as in the released code
-        target = norm.norm(ret)
-        value = values(params["critic"], obs, at_all_times(z_now, T))
-        v_loss = critic_loss(value, old, target, weight, args.clip_coef).sum()
-        descend(learner, v_loss + kl, "critic", *(["encoder"] if z_now.requires_grad else []))
+    for _ in range(args.ppo_epochs):
+        for rows in torch.randperm(R).chunk(args.minibatches):
+            rows = rows.sort().values  # (r,)
+            known = rows[rows < M]  # the first of them: they infer their latents
+            obs, action, old_logprob = (part(x, rows) for x in (play.obs, play.action, play.logprob))
+            old, ret, adv = (part(x, rows) for x in before)  # (n, T r) each
+            alive = play.alive[:, rows]
+            weight = (alive / alive.sum()).flatten()
+            # the actors' step
+            pi = policy(params["actor"], obs, at_all_times(zi[:, rows], T))
+            logprob, entropy = pi.log_prob(action), pi.entropy()  # (n, T r)
+            loss = actor_loss(logprob, old_logprob, adv, entropy, weight, args.clip_coef, args.ent_coef)
+            descend(learner, loss.sum(), "actor")
+            # the critics' step, and the encoder's with them
+            kl = 0.0
+            told = z[:, rows]
+            if len(known):
+                own = [x[:, rows] for x in noise]
+                _, told, q = latents(params["encoder"], tasks[rows], context[:, known], own, args)
+                if args.method == "pearl":
+                    kl = args.kl_coef * kl_divergence(q[1], PRIOR).mean()
+            norm.update(ret, weight)  # at every step, as in the released code
+            target = norm.norm(ret)
+            value = values(params["critic"], obs, at_all_times(told, T))
+            v_loss = critic_loss(value, old, target, weight, args.clip_coef).sum()
+            descend(learner, v_loss + kl, "critic", *(["encoder"] if told.requires_grad else []))
     logs = {  # of the last step
         "losses/actor": loss.mean(),
         "losses/critic": v_loss,
@@ -679,9 +674,8 @@ def iterate(env, learner, tasks, iteration, args):
 
 
 # ================================================================ 6. Evaluation
-# Meta-test: nothing is trained any more. A trial is one task: some episodes are played by the prior, then
-# every agent draws its context from its own part of the first s of them, and plays one episode; s = 0 is the
-# prior itself [D1]. "wrong": by another task's latents. Own env, own random stream.
+# Meta-test [D1]: in a trial of a task the prior plays some episodes; then every agent draws its context from
+# its own part of the first s of them and plays one more. "wrong": by another task's latents.
 @torch.no_grad()
 def meta_test(args, learner, film=None):
     """eq. (13): trials of each task of the set "test", which may be that of training -> {tag: value}."""

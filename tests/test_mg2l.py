@@ -119,6 +119,7 @@ def test_a_pool_forgets_order_and_repetition():
     close(m.pool(p, x[:, torch.randperm(11)]), y, rtol=1e-4, atol=1e-5)
     close(m.pool(p, x.repeat(1, 2, 1)), y, rtol=1e-4, atol=1e-5)
     close(m.pool(p, x[:, :1]), (x[:, 0] @ p["wv"] + p["bv"]) @ p["wo"] + p["bo"], rtol=1e-4, atol=1e-5)
+    close(m.pool(p, x, "mean"), (x.mean(1) @ p["wv"] + p["bv"]) @ p["wo"] + p["bo"], rtol=1e-4, atol=1e-5)
     place = torch.linspace(-1, 1, 11)[:, None]  # a code of positions breaks it
     assert not torch.allclose(m.pool(p, x + place), m.pool(p, x.flip(1) + place), atol=1e-4)
 
