@@ -106,7 +106,7 @@ class Args:
     seed: int = 1  # of torch, and with it of environments and networks
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch, and of MuJoCo
-    total_steps: Count = 1_024_000  # training transitions of all rows; step sizes fall to 0 at 95 % of them
+    total_steps: Count = 1_280_000  # training transitions of all rows; step sizes fall to 0 at 95 % of them
     eval_every: within(int, 0) = 100  # iterations between evaluations; 0: only at the end
     eval_episodes: within(int, 2) = 64  # trials of each task in an evaluation
     save_every: Count = 25  # iterations between checkpoints; one is also written at the end and on Ctrl-C
@@ -127,8 +127,8 @@ class Args:
     keys: Count = 8  # contexts of each task whose mean is the key in eqs. (10), (11)
     hidden: Count = 64  # units in both hidden layers of actors and critics
     latent_dim: Count = 16  # C, numbers in z and in z^i
-    warm_up: within(int, 0) = 25  # first iterations, in which the prior plays all rows
-    encoder_updates: within(int, 0) = 10  # U, steps on eq. (12); 0: the encoder learns from critics alone
+    warm_up: within(int, 0) = 15  # first iterations, in which the prior plays all rows
+    encoder_updates: within(int, 0) = 15  # U, steps on eq. (12); 0: the encoder learns from critics alone
     encoder_lr: Size = 2e-3  # step size of AdamW, eqs. (9) and (12)
     kl_coef: Size = 0.003  # alpha, weight of the KL terms in eq. (12)
     ppo_epochs: Count = 4  # passes over an iteration's episodes, eq. (9)
@@ -138,12 +138,13 @@ class Args:
     gae_lambda: Share = 0.95  # lambda of eq. (5)
     clip_coef: Size = 0.2  # of ratios in eq. (8) and of values in eq. (7)
     ent_coef: Size = 0.01  # weight of the entropy in eq. (8)
+    action_sd: within(float, 1e-3) = 0.4  # deviation of continuous actions at the start; then it is learned
     eval_context: Count = 400  # B in an evaluation
     eval_shots: Count = 8  # the most episodes of the prior that an agent infers from, eq. (13)
 
 
 ROBOTS = dict(num_envs=16, context_envs=16, horizon=200, hidden=256, lr=5e-4, ring_size=100,
-              eval_episodes=16)
+              action_sd=1.0, eval_episodes=16)
 PRESETS = {  # what differs from the defaults
     "spread": {},
     "hunting": {},
@@ -515,7 +516,7 @@ def build(args, env):
     told = {"none": 0, "task-given": tasks.shape[1]}.get(args.method, args.latent_dim)
     sizes = [args.hidden, args.hidden]
     actor = make_mlp(n, [O + told, *sizes, A], math.sqrt(2), 0.01)  # gains are MAPPO's
-    actor |= {} if env.discrete else {"log_std": torch.zeros(n, 1, A)}
+    actor |= {} if env.discrete else {"log_std": torch.full((n, 1, A), math.log(args.action_sd))}
     critic = make_mlp(n, [n * O + told, *sizes, 1], math.sqrt(2))
     encoder = make_encoder(n, features, args.latent_dim, args.method) if infers else {}
     params = {"actor": actor, "critic": critic, "encoder": encoder}
@@ -539,15 +540,13 @@ def clip_by_agent(grads):
             g *= (MAX_NORM / (norm + 1e-6)).clamp(max=1)
 
 
-def descend(learner, loss, *groups):
-    """One step of the optimisers of `groups`; what the loss does not reach stays, without weight decay."""
-    for group in groups:
-        learner.optimizers[group].zero_grad()
+def descend(learner, loss, group):
+    """One step of the optimiser of `group`; what the loss does not reach stays, without weight decay."""
+    learner.optimizers[group].zero_grad()
     loss.backward()
-    for group in groups:
-        if group != "encoder":
-            clip_by_agent([x.grad for x in learner.params[group].values()])
-        learner.optimizers[group].step()
+    if group != "encoder":
+        clip_by_agent([x.grad for x in learner.params[group].values()])
+    learner.optimizers[group].step()
 
 
 @torch.no_grad()
@@ -569,16 +568,19 @@ def ppo_update(learner, play, tasks, zi, z, context, noise, args):
     """eq. (9): all agents at once [D5], on all rows [D4]; the critics' z is made anew of `context`."""
     params, norm = learner.params, learner.norm
     T, R = play.alive.shape
-    M = 0 if context is None else context.shape[1]
 
     def part(x, rows):
         return x[:, :T, rows].flatten(1, 2)  # (n, T, R, ...) -> (n, T r, ...)
 
     before = targets(learner, play, z, args)
     for _ in range(args.ppo_epochs):
+        kl = 0.0
+        if context is not None:
+            _, z, q = latents(params["encoder"], tasks, context, noise, args)
+            if args.method == "pearl":
+                kl = args.kl_coef * kl_divergence(q[1], PRIOR).mean()
+        told = z.detach().requires_grad_()  # collects the critics' gradient of the pass
         for rows in torch.randperm(R).chunk(args.minibatches):
-            rows = rows.sort().values  # (r,)
-            known = rows[rows < M]  # the first of them: they infer their latents
             obs, action, old_logprob = (part(x, rows) for x in (play.obs, play.action, play.logprob))
             old, ret, adv = (part(x, rows) for x in before)  # (n, T r) each
             alive = play.alive[:, rows]
@@ -588,19 +590,14 @@ def ppo_update(learner, play, tasks, zi, z, context, noise, args):
             logprob, entropy = pi.log_prob(action), pi.entropy()  # (n, T r)
             loss = actor_loss(logprob, old_logprob, adv, entropy, weight, args.clip_coef, args.ent_coef)
             descend(learner, loss.sum(), "actor")
-            # the critics' step, and the encoder's with them
-            kl = 0.0
-            told = z[:, rows]
-            if len(known):
-                own = [x[:, rows] for x in noise]
-                _, told, q = latents(params["encoder"], tasks[rows], context[:, known], own, args)
-                if args.method == "pearl":
-                    kl = args.kl_coef * kl_divergence(q[1], PRIOR).mean()
+            # the critics' step
             norm.update(ret, weight)  # at every step, as in the released code
             target = norm.norm(ret)
-            value = values(params["critic"], obs, at_all_times(told, T))
+            value = values(params["critic"], obs, at_all_times(told[:, rows], T))
             v_loss = critic_loss(value, old, target, weight, args.clip_coef).sum()
-            descend(learner, v_loss + kl, "critic", *(["encoder"] if told.requires_grad else []))
+            descend(learner, v_loss, "critic")
+        if z.requires_grad:  # the encoder's step, by the chain rule
+            descend(learner, (z * told.grad).sum() + kl, "encoder")
     logs = {  # of the last step
         "losses/actor": loss.mean(),
         "losses/critic": v_loss,

@@ -88,15 +88,13 @@ def clip(grads, most):
         g *= min(1.0, most / (norm + 1e-6))
 
 
-def step(params, optimizers, groups, loss):
-    for g in groups:
-        optimizers[g].zero_grad()
+def step(params, optimizers, group, loss):
+    optimizers[group].zero_grad()
     loss.backward()
-    for g in groups:
-        if g != "encoder":
-            for i in range(len(params[g]["w0"])):
-                clip([x.grad[i] for x in params[g].values()], 10.0)
-        optimizers[g].step()
+    if group != "encoder":
+        for i in range(len(params[group]["w0"])):
+            clip([x.grad[i] for x in params[group].values()], 10.0)
+    optimizers[group].step()
 
 
 class Moments:
@@ -146,39 +144,42 @@ def learn(params, optimizers, moments, rows, args):
         old.append(old_i)
         adv.append([(x - a.mean()) / (a.std(correction=0) + 1e-5) for x in adv_i])
         ret.append(ret_i)
-    orders = [torch.randperm(len(rows)) for _ in range(args.ppo_epochs)]
-    for batch in [part for order in orders for part in order.chunk(args.minibatches)]:
-        chosen = [rows[r] for r in batch]
-        obs, action, old_logprob = (
-            torch.cat([row[k][:T] for row in chosen]) for k in ("obs", "action", "logprob"))  # (R T, n, ..)
-        loss = 0.0
-        for i in range(n):
-            zi = torch.cat([row["zi"][i].expand(T, -1) for row in chosen])
-            logprob, entropy = judge(actor, i, torch.cat([obs[:, i], zi], 1), action[:, i])
-            ratio = (logprob - old_logprob[:, i]).exp()
-            a = torch.cat([adv[i][r] for r in batch])
-            gain = torch.minimum(ratio * a, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * a)
-            loss = loss - (gain + args.ent_coef * entropy).mean()
-        step(params, optimizers, ["actor"], loss)
-        z = []
-        for row in chosen:
+    for _ in range(args.ppo_epochs):
+        z = []  # of each row, made anew in each pass
+        for row in rows:
             now = row["z"]
             if row["context"] is not None:
                 mu, sd = encode(params["encoder"], row["context"])[0]
                 now = mu + sd * row["noise"]
-            z.append(now.expand(T, -1))
-        loss = 0.0
-        for i in range(n):
-            old_i, ret_i = (torch.cat([x[i][r] for r in batch]) for x in (old, ret))
-            moments.update(i, ret_i)
-            mean, sd = moments.of(i)
-            value = mlp(critic, i, torch.cat([obs.flatten(1), torch.cat(z)], 1))[:, 0]
-            clipped = old_i + (value - old_i).clamp(-args.clip_coef, args.clip_coef)
-            target = (ret_i - mean) / sd
-            huber = [F.huber_loss(v, target, reduction="none", delta=10.0) for v in (value, clipped)]
-            loss = loss + torch.maximum(*huber).mean()
-        any_context = any(row["context"] is not None for row in chosen)
-        step(params, optimizers, ["critic", "encoder"] if any_context else ["critic"], loss)
+            z.append(now)
+        told = [x.detach().requires_grad_() for x in z]
+        for batch in torch.randperm(len(rows)).chunk(args.minibatches):
+            chosen = [rows[r] for r in batch]
+            obs, action, old_logprob = (
+                torch.cat([row[k][:T] for row in chosen]) for k in ("obs", "action", "logprob"))
+            loss = 0.0
+            for i in range(n):
+                zi = torch.cat([row["zi"][i].expand(T, -1) for row in chosen])
+                logprob, entropy = judge(actor, i, torch.cat([obs[:, i], zi], 1), action[:, i])
+                ratio = (logprob - old_logprob[:, i]).exp()
+                a = torch.cat([adv[i][r] for r in batch])
+                gain = torch.minimum(ratio * a, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * a)
+                loss = loss - (gain + args.ent_coef * entropy).mean()
+            step(params, optimizers, "actor", loss)
+            loss = 0.0
+            for i in range(n):
+                old_i, ret_i = (torch.cat([x[i][r] for r in batch]) for x in (old, ret))
+                moments.update(i, ret_i)
+                mean, sd = moments.of(i)
+                joint = torch.cat([obs.flatten(1), torch.cat([told[r].expand(T, -1) for r in batch])], 1)
+                value = mlp(critic, i, joint)[:, 0]
+                clipped = old_i + (value - old_i).clamp(-args.clip_coef, args.clip_coef)
+                target = (ret_i - mean) / sd
+                huber = [F.huber_loss(v, target, reduction="none", delta=10.0) for v in (value, clipped)]
+                loss = loss + torch.maximum(*huber).mean()
+            step(params, optimizers, "critic", loss)
+        if any(row["context"] is not None for row in rows):
+            step(params, optimizers, "encoder", sum(x @ own.grad for x, own in zip(z, told)))
 
 
 def episode(env, params, task, zi):
@@ -226,4 +227,4 @@ def iterate(env, learner, moments, tasks, args):
         keep = torch.rand(args.num_envs) < 0.5
         loss = encoder_loss(params["encoder"], contexts, index[: args.num_envs], K, args.keys, args.kl_coef,
                             eps[0], eps[1:], keep)
-        step(params, learner.optimizers, ["encoder"], loss)
+        step(params, learner.optimizers, "encoder", loss)
