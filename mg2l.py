@@ -16,7 +16,7 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
                returns, and what E reads, are normalised by running moments       (6)  -> RunningNorm.update()
                L_V = mean max(huber(e), huber(e clipped)), also through z         (7)  -> critic_loss()
                L_pi = -mean min(ratio A, clip(ratio) A) - 0.01 entropy            (8)  -> actor_loss()
-               epochs of Adam on (7) and (8), and of AdamW on the encoder by (7)  (9)  -> ppo_update()
+               minibatches: Adam on (7) and (8), AdamW on the encoder by (7)      (9)  -> ppo_update()
                U times: a query z_m for each row, a key for each of the K tasks,
                  L_G = -mean log softmax_k(<z_m, z_k>) at k = k_m                 (10) -> info_nce()
                  L_L = the same for the pairs [sg z, z^i], agent by agent         (11) -> local_loss()
@@ -35,14 +35,15 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
                   are large (the authors' are learned by heart), queries come from 1 to 32 episodes, keys are
                   means of contexts, alpha and sigma start small, the KL is of queries alone, as in (12).
              [D4] PPO trains on the prior's episodes too: what agents do before they know is their best.
-             [D5] z is drawn once an episode; agents step at once, and each critic step takes the encoder
-                  along; V counts at the horizon; an early end is a mask; tasks are shared out evenly.
-  Run        python mg2l.py --env spread                          # 11 minutes of a busy core; z^i tells the
-                                                                  # task in 0.96, return -132 (one seed)
+             [D5] z is drawn once an episode; agents step at once; the encoder follows the critics once a
+                  pass; V counts at the horizon; an early end is a mask; tasks are shared out evenly.
+             [D6] Actions begin with a deviation of 0.4, not 1: it hardly shrinks, and the best player by
+                  hand that we tried in spread, told the task, has -14 without it, -33 at 0.4, -64 at 1.
+  Run        python mg2l.py --env spread                          # 3 minutes; seeds 1, 2: z^i tells the
+                                                                  # task in 0.78, 0.79; return -140, -128
              python mg2l.py --env spread --method none            # or task-given, global-only, pearl
              python mg2l.py --env spread --local-loss own         # scores of z^i alone; kl: KL(q || q^i)
-             python mg2l.py --env hunting                         # this and the next: not yet measured
-             python mg2l.py --env hopper_param                    # or cheetah_dir, rware
+             python mg2l.py --env hunting                         # or cheetah_dir, hopper_param, rware
              python mg2l.py --evaluate runs/x/checkpoint.pt --capture-video
   Licence    MIT. Please cite the paper above for the method.
 """
@@ -107,7 +108,7 @@ class Args:
     seed: int = 1  # of torch, and with it of environments and networks
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch, and of MuJoCo
-    total_steps: Count = 2_048_000  # training transitions of all rows; step sizes fall to 0 at 95 % of them
+    total_steps: Count = 1_280_000  # training transitions of all rows; step sizes fall to 0 at 95 % of them
     eval_every: within(int, 0) = 100  # iterations between evaluations; 0: only at the end
     eval_episodes: within(int, 2) = 64  # trials of each task in an evaluation
     save_every: Count = 25  # iterations between checkpoints; one is also written at the end and on Ctrl-C
@@ -119,37 +120,39 @@ class Args:
     # --- algorithm
     method: Literal["mg2l", "none", "task-given", "global-only", "pearl"] = "mg2l"  # what actors are told
     local_loss: Literal["joint", "own", "kl"] = "joint"  # eq. (11)
+    pool: Literal["pia", "mean"] = "pia"  # weights of eq. (3): attention, or all alike
     num_envs: Count = 48  # M, rows of an iteration with inferred latents
     context_envs: Count = 16  # rows beside them that the prior plays, to fill the rings
     horizon: Count = 100  # T, steps of an episode
-    context_size: Count = 100  # B, transitions in a context
+    context_size: Count = 50  # B, transitions in a context
     ring_size: Count = 500  # episodes that the ring of a task holds, eq. (1)
     keys: Count = 8  # contexts of each task whose mean is the key in eqs. (10), (11)
     hidden: Count = 64  # units in both hidden layers of actors and critics
     latent_dim: Count = 16  # C, numbers in z and in z^i
-    warm_up: within(int, 0) = 50  # first iterations, in which the prior plays all rows
-    encoder_updates: within(int, 0) = 20  # U, steps on eq. (12); 0: the encoder learns from critics alone
+    warm_up: within(int, 0) = 15  # first iterations, in which the prior plays all rows
+    encoder_updates: within(int, 0) = 15  # U, steps on eq. (12); 0: the encoder learns from critics alone
     encoder_lr: Size = 2e-3  # step size of AdamW, eqs. (9) and (12)
     kl_coef: Size = 0.003  # alpha, weight of the KL terms in eq. (12)
-    ppo_epochs: Count = 6  # passes over an iteration's episodes, eq. (9)
+    ppo_epochs: Count = 4  # passes over an iteration's episodes, eq. (9)
+    minibatches: Count = 4  # parts, by episodes, of a pass
     lr: Size = 1e-3  # step size of Adam for actors and critics, eq. (9)
     gamma: Share = 0.99  # discount, eq. (5)
     gae_lambda: Share = 0.95  # lambda of eq. (5)
     clip_coef: Size = 0.2  # of ratios in eq. (8) and of values in eq. (7)
     ent_coef: Size = 0.01  # weight of the entropy in eq. (8)
+    action_sd: within(float, 1e-3) = 0.4  # deviation of continuous actions at the start; then it is learned
     eval_context: Count = 400  # B in an evaluation
     eval_shots: Count = 8  # the most episodes of the prior that an agent infers from, eq. (13)
 
 
 ROBOTS = dict(num_envs=16, context_envs=16, horizon=200, hidden=256, lr=5e-4, ring_size=100,
-              eval_episodes=16)
+              action_sd=1.0, eval_episodes=16)
 PRESETS = {  # what differs from the defaults
     "spread": {},
     "hunting": {},
     "cheetah_dir": ROBOTS,
     "hopper_param": ROBOTS | dict(eval_shots=32),
-    "rware": dict(hidden=128, lr=5e-4, ring_size=50,
-                  total_steps=4_800_000, eval_episodes=16),
+    "rware": dict(hidden=128, lr=5e-4, ring_size=50, total_steps=4_800_000, eval_episodes=16),
 }
 
 
@@ -210,12 +213,12 @@ PRIOR = Normal(0.0, 1.0)  # of each number in a latent
 Distribution.set_default_validate_args(False)  # checks would take a fifth of a rollout
 
 
-def mlp(p, x, act=torch.relu):
+def mlp(p, x, act=torch.relu, norm_inputs=True):
     """(LayerNorm ->) Linear -> act -> LayerNorm -> Linear -> ... of x (n, R, in), all agents at once."""
     layers = sum(name.startswith("w") for name in p)
     for l in range(layers):
-        if f"scale{l}" in p:
-            x = F.layer_norm(x, x.shape[-1:]) * p[f"scale{l}"] + p[f"shift{l}"]
+        if l or norm_inputs:
+            x = F.layer_norm(x, x.shape[-1:])  # the next layer has a scale and a shift already
         x = torch.baddbmm(p[f"b{l}"], x, p[f"w{l}"])
         if l < layers - 1:
             x = act(x)
@@ -226,16 +229,13 @@ def orthogonal(inputs, outputs, gain=1.0):
     return torch.nn.init.orthogonal_(torch.empty(inputs, outputs), gain)
 
 
-def make_mlp(n, sizes, gain=1.0, head_gain=1.0, norm_inputs=False):
-    """Orthogonal weights (n, in, out), biases 0, and a layer norm before each layer but perhaps the first."""
+def make_mlp(n, sizes, gain=1.0, head_gain=1.0):
+    """Orthogonal weights (n, in, out), biases 0."""
     p = {}
     for l, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])):
         scale = head_gain if l == len(sizes) - 2 else gain
         p[f"w{l}"] = torch.stack([orthogonal(inputs, outputs, scale) for _ in range(n)])  # (n, in, out)
         p[f"b{l}"] = torch.zeros(n, 1, outputs)
-        if l or norm_inputs:
-            p[f"scale{l}"] = torch.ones(n, 1, inputs)
-            p[f"shift{l}"] = torch.zeros(n, 1, inputs)
     return p
 
 
@@ -292,22 +292,23 @@ def part_of(p, part):
     return {name.partition(".")[2]: x for name, x in p.items() if name.startswith(f"{part}.")}
 
 
-def pool(p, x):
-    """eq. (3) over dimension -2: a set (..., S, H) -> (..., outputs)."""
-    weight = (x @ p["wa"]).softmax(-2)  # (..., S, 1)
-    return (weight * (x @ p["wv"] + p["bv"])).sum(-2) @ p["wo"] + p["bo"]
+def pool(p, x, kind="pia"):
+    """eq. (3) over dimension -2: a set (..., S, H) -> (..., outputs). mean: equal weights."""
+    weight = (x @ p["wa"] * (kind == "pia")).softmax(-2)  # (..., S, 1)
+    mean = (weight * x).sum(-2)  # Wv comes after the sum: it is linear, and the weights sum to 1
+    return (mean @ p["wv"] + p["bv"]) @ p["wo"] + p["bo"]
 
 
 def encode(p, context, args):
     """eq. (2): context (n, M, B, F), normalised -> q(z|c), (1, M, C), and all q^i(z^i|c^i), (n, M, C)."""
-    e = mlp(part_of(p, "transition"), context.flatten(0, 2)[None], F.gelu)
+    e = mlp(part_of(p, "transition"), context.flatten(0, 2)[None], F.gelu, False)
     e = e.view(*context.shape[:3], -1)  # (n, M, B, H)
     if args.method == "pearl":
         return product(e)
-    x = pool(part_of(p, "pool"), e)  # (n, M, H)
-    mu = pool(part_of(p, "agents"), x.transpose(0, 1))[None]  # (1, M, C)
+    x = pool(part_of(p, "pool"), e, args.pool)  # (n, M, H)
+    mu = pool(part_of(p, "agents"), x.transpose(0, 1), args.pool)[None]  # (1, M, C)
     # The local path starts from constants: neither eq. (11) nor the actors reach what z is made of.
-    mu_i = mlp(part_of(p, "local"), x.detach(), F.gelu)  # (n, M, C)
+    mu_i = mlp(part_of(p, "local"), x.detach(), F.gelu, False)  # (n, M, C)
     sd = F.softplus(mu @ p["sigma.w"] + p["sigma.b"])
     sd_i = F.softplus(mu_i @ p["local_sigma.w"] + p["local_sigma.b"])
     return Normal(mu, sd), Normal(mu_i, sd_i)
@@ -329,9 +330,8 @@ def make_noise(env, args):
 
 
 def latents(encoder, tasks, context, noise, args):
-    """In R rows: what actors are told, z^i (n or 1, R, C), a constant; what critics are told, z, the same
-    shape; and (q, q^i). The first M infer from `context` (n, M, B, F), if there is one; to the others `noise`
-    is given, the prior's latents."""
+    """In R rows: what actors are told, z^i (n or 1, R, C), a constant; what critics are told, z; (q, q^i).
+    The first M infer from `context` (n, M, B, F), if there is one; the others get `noise`, the prior."""
     if args.method not in INFERS:
         given = tasks[None] if args.method == "task-given" else tasks[None, :, :0]
         return given, given, None
@@ -466,20 +466,19 @@ def local_loss(z, z_key, zi, zi_key, tasks, keep=1.0):
 
 
 def gae(reward, value, alive, ended, gamma, gae_lambda):
-    """eq. (5): A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V_{t+1} - V_t, without what follows an
-    end; the horizon is no end, there V_T counts [D5]. reward (n, T, R), value (n, T + 1, R), flags (T, R)."""
+    """eq. (5): A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V_{t+1} - V_t, and 0 after an end; the
+    horizon is no end: there V_T counts [D5]. reward (n, T, R), value (n, T + 1, R), flags (T, R)."""
     delta = (reward + gamma * (1 - ended) * value[:, 1:] - value[:, :-1]) * alive
     adv = torch.empty_like(reward)
     acc = torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.shape[1])):
-        acc = delta[:, t] + gamma * gae_lambda * (1 - ended[t]) * acc
+        acc = delta[:, t] + gamma * gae_lambda * acc  # 0 after an end, as the deltas are
         adv[:, t] = acc
     return adv
 
 
 def critic_loss(value, old, target, weight, clip_coef):
-    """eq. (7), for each agent: normalised values, those of before the update and normalised returns (n, R),
-    weight (R,) -> (n,). Huber's loss is e^2 / 2 up to 10, then linear."""
+    """eq. (7), for each agent: values, old values and returns (n, R), all normalised; weight (R,) -> (n,)."""
     clipped = old + (value - old).clamp(-clip_coef, clip_coef)
     errors = [F.huber_loss(v, target, reduction="none", delta=10.0) for v in (value, clipped)]
     return (torch.maximum(*errors) * weight).sum(1)
@@ -518,9 +517,9 @@ def build(args, env):
     features, infers = 2 * O + A + 1, args.method in INFERS
     told = {"none": 0, "task-given": tasks.shape[1]}.get(args.method, args.latent_dim)
     sizes = [args.hidden, args.hidden]
-    actor = make_mlp(n, [O + told, *sizes, A], math.sqrt(2), 0.01, norm_inputs=True)  # gains are MAPPO's
-    actor |= {} if env.discrete else {"log_std": torch.zeros(n, 1, A)}
-    critic = make_mlp(n, [n * O + told, *sizes, 1], math.sqrt(2), norm_inputs=True)
+    actor = make_mlp(n, [O + told, *sizes, A], math.sqrt(2), 0.01)  # gains are MAPPO's
+    actor |= {} if env.discrete else {"log_std": torch.full((n, 1, A), math.log(args.action_sd))}  # [D6]
+    critic = make_mlp(n, [n * O + told, *sizes, 1], math.sqrt(2))
     encoder = make_encoder(n, features, args.latent_dim, args.method) if infers else {}
     params = {"actor": actor, "critic": critic, "encoder": encoder}
     for p in params.values():
@@ -543,21 +542,18 @@ def clip_by_agent(grads):
             g *= (MAX_NORM / (norm + 1e-6)).clamp(max=1)
 
 
-def descend(learner, loss, *groups):
-    """One step of the optimisers of `groups`; what the loss does not reach stays, without weight decay."""
-    for group in groups:
-        learner.optimizers[group].zero_grad()
+def descend(learner, loss, group):
+    """One step of the optimiser of `group`; what the loss does not reach stays, without weight decay."""
+    learner.optimizers[group].zero_grad()
     loss.backward()
-    for group in groups:
-        if group != "encoder":
-            clip_by_agent([x.grad for x in learner.params[group].values()])
-        learner.optimizers[group].step()
+    if group != "encoder":
+        clip_by_agent([x.grad for x in learner.params[group].values()])
+    learner.optimizers[group].step()
 
 
 @torch.no_grad()
 def targets(learner, play, z, args):
-    """(n, T, R) each: values of before the update, normalised; returns; advantages, whose mean is 0 and
-    deviation 1 for each agent."""
+    """(n, T, R) each: normalised values; returns; advantages, of mean 0 and deviation 1 for each agent."""
     steps, R = play.obs.shape[1:3]  # T + 1
     old = values(learner.params["critic"], play.obs.flatten(1, 2), at_all_times(z, steps))
     mean, sd = learner.norm.moments()
@@ -571,36 +567,40 @@ def targets(learner, play, z, args):
 
 
 def ppo_update(learner, play, tasks, zi, z, context, noise, args):
-    """eq. (9): all agents at once [D5], on all rows [D4]. Where there is a `context`, the critics' z is made
-    of it anew, and their steps take the encoder along. Returns {tag: value}."""
+    """eq. (9): all agents at once [D5], on all rows [D4]; the critics' z is made anew of `context`."""
     params, norm = learner.params, learner.norm
-    T = len(play.alive)
+    T, R = play.alive.shape
 
-    def flat(x):
-        return x[:, :T].flatten(1, 2)  # (n, T, R, ...) -> (n, T R, ...)
+    def part(x, rows):
+        return x[:, :T, rows].flatten(1, 2)  # (n, T, R, ...) -> (n, T r, ...)
 
-    obs, action, old_logprob = flat(play.obs), flat(play.action), flat(play.logprob)
-    old, ret, adv = (flat(x) for x in targets(learner, play, z, args))  # (n, T R) each
-    zi = at_all_times(zi, T)  # (n or 1, T R, C)
-    weight = (play.alive / play.alive.sum()).flatten()
+    before = targets(learner, play, z, args)
     for _ in range(args.ppo_epochs):
-        # the actors' step
-        pi = policy(params["actor"], obs, zi)
-        logprob, entropy = pi.log_prob(action), pi.entropy()  # (n, T R)
-        loss = actor_loss(logprob, old_logprob, adv, entropy, weight, args.clip_coef, args.ent_coef)
-        descend(learner, loss.sum(), "actor")
-        # the critics' step, and the encoder's with them
         kl = 0.0
         if context is not None:
             _, z, q = latents(params["encoder"], tasks, context, noise, args)
             if args.method == "pearl":
                 kl = args.kl_coef * kl_divergence(q[1], PRIOR).mean()
-        norm.update(ret, weight)  # at every step, as in the released code
-        target = norm.norm(ret)
-        value = values(params["critic"], obs, at_all_times(z, T))
-        v_loss = critic_loss(value, old, target, weight, args.clip_coef).sum()
-        descend(learner, v_loss + kl, "critic", *(["encoder"] if z.requires_grad else []))
-    logs = {  # of the last epoch
+        told = z.detach().requires_grad_()  # collects the critics' gradient of the pass
+        for rows in torch.randperm(R).chunk(args.minibatches):
+            obs, action, old_logprob = (part(x, rows) for x in (play.obs, play.action, play.logprob))
+            old, ret, adv = (part(x, rows) for x in before)  # (n, T r) each
+            alive = play.alive[:, rows]
+            weight = (alive / alive.sum()).flatten()
+            # the actors' step
+            pi = policy(params["actor"], obs, at_all_times(zi[:, rows], T))
+            logprob, entropy = pi.log_prob(action), pi.entropy()  # (n, T r)
+            loss = actor_loss(logprob, old_logprob, adv, entropy, weight, args.clip_coef, args.ent_coef)
+            descend(learner, loss.sum(), "actor")
+            # the critics' step
+            norm.update(ret, weight)  # at every step, as in the released code
+            target = norm.norm(ret)
+            value = values(params["critic"], obs, at_all_times(told[:, rows], T))
+            v_loss = critic_loss(value, old, target, weight, args.clip_coef).sum()
+            descend(learner, v_loss, "critic")
+        if z.requires_grad:  # the encoder's step, by the chain rule
+            descend(learner, (z * told.grad).sum() + kl, "encoder")
+    logs = {  # of the last step
         "losses/actor": loss.mean(),
         "losses/critic": v_loss,
         "losses/entropy": entropy.mean(),
@@ -673,9 +673,8 @@ def iterate(env, learner, tasks, iteration, args):
 
 
 # ================================================================ 6. Evaluation
-# Meta-test: nothing is trained any more. A trial is one task: some episodes are played by the prior, then
-# every agent draws its context from its own part of the first s of them, and plays one episode; s = 0 is the
-# prior itself [D1]. "wrong": by another task's latents. Own env, own random stream.
+# Meta-test [D1]: in a trial of a task the prior plays some episodes; then every agent draws its context from
+# its own part of the first s of them and plays one more. "wrong": by another task's latents.
 @torch.no_grad()
 def meta_test(args, learner, film=None):
     """eq. (13): trials of each task of the set "test", which may be that of training -> {tag: value}."""

@@ -7,6 +7,8 @@ A table is (columns {head: tag}, digits, rows); a row (setting, method, result, 
 lines, papers), as plot.figure() says.
 """
 
+from pathlib import Path
+
 # ---------------------------------------------------------------- Meta-MAPG
 # Kim et al. 2021, read off the vector figure: reward per step of agent i after 0 .. 7 updates; in the
 # cheetah, return after 0 .. 2. The paper's agents are LSTMs.
@@ -117,13 +119,20 @@ lemol_rows = [("simple_push", method, f"lemol-simple_push{name}", "eval/", "")
               for method, name in LEMOL.items()]
 
 # ---------------------------------------------------------------- MG2L
-MG2L = {"task given": "-task-given", "own": "", "joint": "-joint", "global only": "-global-only",
-        "MA-PEARL": "-pearl", "as coded": "-as-coded", "none": "-none"}
-mg2l_rows = [(world, method, f"mg2l-{world}{name}", "eval/train/", "")
-             for world in ("spread", "hunting") for method, name in MG2L.items()]
-mg2l_rows += [("cheetah_dir", "joint", "mg2l-cheetah_dir", "eval/train/", ""),
-              ("hopper_param", "joint", "mg2l-hopper_param", "eval/test/", ""),
-              ("rware", "joint", "mg2l-rware", "eval/train/", "")]
+# A row of the present recipe appears as soon as its result is there. "mg2l-before-...": the recipe before it.
+RESULTS = Path(__file__).parent / "results"
+MG2L = {"task given": "-method-task-given", "joint": "", "own": "-local-loss-own",
+        "global only": "-method-global-only", "MA-PEARL": "-method-pearl", "none": "-method-none"}
+mg2l_rows = [(world, method, f"mg2l-{world}{name}", "eval/test/", "")
+             for world in ("spread", "hunting", "cheetah_dir", "hopper_param", "rware")
+             for method, name in MG2L.items() if (RESULTS / f"mg2l-{world}{name}.csv").exists()]
+BEFORE = {"task given": "-task-given", "own": "", "joint": "-joint", "global only": "-global-only",
+          "MA-PEARL": "-pearl", "as coded": "-as-coded", "none": "-none"}
+mg2l_rows += [(f"{world}, recipe before", method, f"mg2l-before-{world}{name}", "eval/train/", "")
+              for world in ("spread", "hunting") for method, name in BEFORE.items()]
+mg2l_rows += [("cheetah_dir, recipe before", "joint", "mg2l-before-cheetah_dir", "eval/train/", ""),
+              ("hopper_param, recipe before", "joint", "mg2l-before-hopper_param", "eval/test/", ""),
+              ("rware, recipe before", "joint", "mg2l-before-rware", "eval/train/", "")]
 
 TABLES = {
     "meta_mapg": ({"φ_0": "return_0", "φ_1": "return_1", "φ_2": "return_2", "φ_7": "return_7",
@@ -161,5 +170,7 @@ FIGURES = {
           ("lemol-simple_push", [f"eval/cycle_{c}/ablated_ce" for c in range(1, 5)], "ablated")], {})],
     "mg2l": [
         (world, "million steps", "return in training, latents inferred",
-         [(f"mg2l-{world}{name}", "adapt/return_1", method) for method, name in MG2L.items()
-          if method not in ("none", "task given")], {}) for world in ("spread", "hunting")]}
+         [(row[2], "charts/episodic_return", row[1]) for row in mg2l_rows if row[0] == world]
+         or [(f"mg2l-before-{world}{name}", "adapt/return_1", f"{method}, recipe before")
+             for method, name in BEFORE.items() if method not in ("none", "task given")], {})
+        for world in ("spread", "hunting")]}

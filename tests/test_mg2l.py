@@ -56,20 +56,24 @@ def rows_of(play, args, zi, z, context, noise):
         yield own | dict(context=context[:, r] if known else None)
 
 
-def test_an_update_of_ppo_is_that_of_the_oracle():
-    args, env, learner, tasks = made(ppo_epochs=3)
+@pytest.mark.parametrize("name", ["spread", "rware"])  # continuous actions, and choices
+def test_an_update_of_ppo_is_that_of_the_oracle(name):
+    args, env, learner, tasks = made(env=name, ppo_epochs=2, minibatches=2)
     with torch.no_grad():
         learner.params["actor"]["w2"] *= 1000  # gradients that are clipped, by agent
-    twin, moments = copy.deepcopy(learner), oracle.Moments(2)
-    for name, sums in zip(("weight", "total", "square"), learner.norm.sums):
-        setattr(moments, name, sums[:, 0].tolist())
-    index = torch.arange(7) % 3
+    twin, moments = copy.deepcopy(learner), oracle.Moments(env.num_agents)
+    for part, sums in zip(("weight", "total", "square"), learner.norm.sums):
+        setattr(moments, part, sums[:, 0].tolist())
+    index = torch.arange(7) % len(tasks)
     context, noise = learner.ring.sample(index[:4], 6), m.make_noise(env, args)
     with torch.no_grad():
         zi, z, _ = m.latents(learner.params["encoder"], tasks[index], context, noise, args)
     play = m.rollout(env, learner.params["actor"], tasks[index], zi)
+    play = play._replace(reward=torch.randn_like(play.reward))
+    torch.manual_seed(1)
     m.ppo_update(learner, play, tasks[index], zi, z, context, noise, args)
     before = copy.deepcopy(twin.params)
+    torch.manual_seed(1)
     oracle.learn(twin.params, twin.optimizers, moments, [*rows_of(play, args, zi, z, context, noise)], args)
     for group, p in learner.params.items():
         assert len(moved(before[group], p)) > 5
@@ -115,6 +119,7 @@ def test_a_pool_forgets_order_and_repetition():
     close(m.pool(p, x[:, torch.randperm(11)]), y, rtol=1e-4, atol=1e-5)
     close(m.pool(p, x.repeat(1, 2, 1)), y, rtol=1e-4, atol=1e-5)
     close(m.pool(p, x[:, :1]), (x[:, 0] @ p["wv"] + p["bv"]) @ p["wo"] + p["bo"], rtol=1e-4, atol=1e-5)
+    close(m.pool(p, x, "mean"), (x.mean(1) @ p["wv"] + p["bv"]) @ p["wo"] + p["bo"], rtol=1e-4, atol=1e-5)
     place = torch.linspace(-1, 1, 11)[:, None]  # a code of positions breaks it
     assert not torch.allclose(m.pool(p, x + place), m.pool(p, x.flip(1) + place), atol=1e-4)
 
@@ -360,7 +365,7 @@ class Steps:
 
 
 def test_an_early_end_is_a_mask_and_play_stops_when_all_have_ended():
-    actor = m.make_mlp(2, [1, 8, 8, 3], norm_inputs=True)
+    actor = m.make_mlp(2, [1, 8, 8, 3])
     play = m.rollout(Steps(), actor, None, torch.zeros(1, 4, 0))
     assert play.alive.sum(0).tolist() == [1, 2, 3, 4] and play.alive.shape[0] == 4
     assert play.reward[0].sum(0).tolist() == [1, 2, 3, 4] and play.reward[1].sum(0).tolist() == [2, 4, 6, 8]

@@ -1,7 +1,8 @@
 """
 The iteration of mg2l.py written the obvious way: one row, one agent and one context after the other. The
-maths is that of mg2l.py in an env of continuous actions that never ends early; the parameters have its names
-and shapes, so that what both make of the same numbers can be compared. Also the yardstick of its speed.
+maths is that of mg2l.py in an env that never ends early; the parameters have its names and shapes, so that
+what both make of the same numbers can be compared. Also the yardstick of its speed, where actions are
+continuous.
 """
 
 import math
@@ -12,10 +13,11 @@ from torch.distributions import Normal
 
 
 def layer(p, name, l, i, x):
-    """Layer l of agent i's network, with the norm before it if it has one; x (R, in)."""
+    """Layer l of agent i's network, with the norm before it; parts of the encoder take their input as it is;
+    x (R, in)."""
     i = i if len(p[f"{name}w{l}"]) > 1 else 0  # one for all
-    if f"{name}scale{l}" in p:
-        x = F.layer_norm(x, x.shape[-1:], p[f"{name}scale{l}"][i, 0], p[f"{name}shift{l}"][i, 0])
+    if l or not name:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     return x @ p[f"{name}w{l}"][i] + p[f"{name}b{l}"][i, 0]
 
 
@@ -86,15 +88,13 @@ def clip(grads, most):
         g *= min(1.0, most / (norm + 1e-6))
 
 
-def step(params, optimizers, groups, loss):
-    for g in groups:
-        optimizers[g].zero_grad()
+def step(params, optimizers, group, loss):
+    optimizers[group].zero_grad()
     loss.backward()
-    for g in groups:
-        if g != "encoder":
-            for i in range(len(params[g]["w0"])):
-                clip([x.grad[i] for x in params[g].values()], 10.0)
-        optimizers[g].step()
+    if group != "encoder":
+        for i in range(len(params[group]["w0"])):
+            clip([x.grad[i] for x in params[group].values()], 10.0)
+    optimizers[group].step()
 
 
 class Moments:
@@ -114,12 +114,21 @@ class Moments:
         return mean, math.sqrt(max(self.square[i] / weight - mean**2, 1e-4))
 
 
+def judge(actor, i, x, action):
+    """log pi(action) and the entropy, (R,) each, of agent i at inputs (R, in)."""
+    out = mlp(actor, i, x)
+    if "log_std" in actor:
+        pi = Normal(out, actor["log_std"][i].exp())
+        return pi.log_prob(action).sum(1), pi.entropy().sum(1)
+    chance = out.softmax(1)
+    return chance[range(len(action)), action].log(), -(chance * chance.log()).sum(1)
+
+
 def learn(params, optimizers, moments, rows, args):
-    """PPO. rows: dicts of obs (T + 1, n, O), action (T, n, A), logprob and reward (T, n), zi (n, C), z (C,);
-    context (n, B, F), or None for a row of the prior, and the noise (C,) of its z."""
+    """PPO. rows: dicts of obs (T + 1, n, O), action (T, n[, A]), logprob and reward (T, n), zi (n, C), z
+    (C,); context (n, B, F), or None for a row of the prior, and the noise (C,) of its z."""
     actor, critic, n = params["actor"], params["critic"], rows[0]["obs"].shape[1]
-    obs = torch.cat([row["obs"][:-1] for row in rows])  # (R T, n, O)
-    T, old, ret, adv = len(rows[0]["action"]), [], [], []
+    T, old, ret, adv = len(rows[0]["action"]), [], [], []  # old[i][r] (T,), and so on
     for i in range(n):
         mean, sd = moments.of(i)
         old_i, adv_i, ret_i = [], [], []
@@ -132,38 +141,45 @@ def learn(params, optimizers, moments, rows, args):
             adv_i.append(a)
             ret_i.append(a + value[:-1] * sd + mean)
         a = torch.cat(adv_i)
-        old.append(torch.cat(old_i))
-        adv.append((a - a.mean()) / (a.std(correction=0) + 1e-5))
-        ret.append(torch.cat(ret_i))
-    action, old_logprob = (torch.cat([row[k] for row in rows]) for k in ("action", "logprob"))
+        old.append(old_i)
+        adv.append([(x - a.mean()) / (a.std(correction=0) + 1e-5) for x in adv_i])
+        ret.append(ret_i)
     for _ in range(args.ppo_epochs):
-        loss = 0.0
-        for i in range(n):
-            zi = torch.cat([row["zi"][i].expand(T, -1) for row in rows])
-            pi = Normal(mlp(actor, i, torch.cat([obs[:, i], zi], 1)), actor["log_std"][i].exp())
-            ratio = (pi.log_prob(action[:, i]).sum(1) - old_logprob[:, i]).exp()
-            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            gain = torch.minimum(ratio * adv[i], clipped * adv[i])
-            loss = loss - (gain + args.ent_coef * pi.entropy().sum(1)).mean()
-        step(params, optimizers, ["actor"], loss)
-        z = []
+        z = []  # of each row, made anew in each pass
         for row in rows:
             now = row["z"]
             if row["context"] is not None:
                 mu, sd = encode(params["encoder"], row["context"])[0]
                 now = mu + sd * row["noise"]
-            z.append(now.expand(T, -1))
-        loss = 0.0
-        for i in range(n):
-            moments.update(i, ret[i])
-            mean, sd = moments.of(i)
-            value = mlp(critic, i, torch.cat([obs.flatten(1), torch.cat(z)], 1))[:, 0]
-            clipped = old[i] + (value - old[i]).clamp(-args.clip_coef, args.clip_coef)
-            target = (ret[i] - mean) / sd
-            huber = [F.huber_loss(v, target, reduction="none", delta=10.0) for v in (value, clipped)]
-            loss = loss + torch.maximum(*huber).mean()
-        any_context = any(row["context"] is not None for row in rows)
-        step(params, optimizers, ["critic", "encoder"] if any_context else ["critic"], loss)
+            z.append(now)
+        told = [x.detach().requires_grad_() for x in z]
+        for batch in torch.randperm(len(rows)).chunk(args.minibatches):
+            chosen = [rows[r] for r in batch]
+            obs, action, old_logprob = (
+                torch.cat([row[k][:T] for row in chosen]) for k in ("obs", "action", "logprob"))
+            loss = 0.0
+            for i in range(n):
+                zi = torch.cat([row["zi"][i].expand(T, -1) for row in chosen])
+                logprob, entropy = judge(actor, i, torch.cat([obs[:, i], zi], 1), action[:, i])
+                ratio = (logprob - old_logprob[:, i]).exp()
+                a = torch.cat([adv[i][r] for r in batch])
+                gain = torch.minimum(ratio * a, ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * a)
+                loss = loss - (gain + args.ent_coef * entropy).mean()
+            step(params, optimizers, "actor", loss)
+            loss = 0.0
+            for i in range(n):
+                old_i, ret_i = (torch.cat([x[i][r] for r in batch]) for x in (old, ret))
+                moments.update(i, ret_i)
+                mean, sd = moments.of(i)
+                joint = torch.cat([obs.flatten(1), torch.cat([told[r].expand(T, -1) for r in batch])], 1)
+                value = mlp(critic, i, joint)[:, 0]
+                clipped = old_i + (value - old_i).clamp(-args.clip_coef, args.clip_coef)
+                target = (ret_i - mean) / sd
+                huber = [F.huber_loss(v, target, reduction="none", delta=10.0) for v in (value, clipped)]
+                loss = loss + torch.maximum(*huber).mean()
+            step(params, optimizers, "critic", loss)
+        if any(row["context"] is not None for row in rows):
+            step(params, optimizers, "encoder", sum(x @ own.grad for x, own in zip(z, told)))
 
 
 def episode(env, params, task, zi):
@@ -211,4 +227,4 @@ def iterate(env, learner, moments, tasks, args):
         keep = torch.rand(args.num_envs) < 0.5
         loss = encoder_loss(params["encoder"], contexts, index[: args.num_envs], K, args.keys, args.kl_coef,
                             eps[0], eps[1:], keep)
-        step(params, learner.optimizers, ["encoder"], loss)
+        step(params, learner.optimizers, "encoder", loss)
