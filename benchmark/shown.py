@@ -77,9 +77,6 @@ maml_rows += [
     ("nav2d, the authors' actions", "MAML", AUTHORS, "eval/", "-40 / -12 / -3 / -3"),
     ("half_cheetah_dir", "MAML", "maml_rl-half_cheetah_dir", "eval/", "-51 / 293 / 314 / 316"),
     ("half_cheetah_vel", "MAML", "maml_rl-half_cheetah_vel", "eval/", "-130 / -79 / -67 / -61")]
-for method in ("MAML", "Meta-SGD", "MAESN"):
-    maml_rows.append(("wheeled, other goals than tesp.py's", f"{method}, first order, PPO",
-                      f"maml_rl-wheeled-{method.lower()}", "eval/", ""))
 STEPS = {f"{k} step{'s' * (k != 1)}": f"return_{k}" for k in range(4)}
 
 # ---------------------------------------------------------------- TESP
@@ -102,7 +99,7 @@ coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/",
 # A sum over opponents measures nothing: one of each side, against the learned other side. The random policy
 # meets a random other side.
 for env, M, steps in [("adversary", 3, 500_000), ("push", 3, 500_000), ("tag", 3, 500_000),
-                        ("adversary", 8, 400_000), ("push", 8, 400_000), ("tag", 8, 400_000)]:
+                      ("push", 8, 400_000), ("tag", 8, 400_000)]:
     for side, i in ("an adversary", 0), ("a good agent", M - 1):
         coded_rows.append((f"{env}, M = {M}", f"MADDPG, {side}",
                            f"coded_maddpg-simple_{env}-total-steps-{steps}-num-agents-{M}",
@@ -127,7 +124,7 @@ mg2l_rows = [(world, method, f"mg2l-{world}{name}", "eval/test/", "")
              for world in ("spread", "hunting", "cheetah_dir", "hopper_param", "rware")
              for method, name in MG2L.items() if (RESULTS / f"mg2l-{world}{name}.csv").exists()]
 BEFORE = {"task given": "-task-given", "own": "", "joint": "-joint", "global only": "-global-only",
-          "MA-PEARL": "-pearl", "as coded": "-as-coded", "none": "-none"}
+          "MA-PEARL": "-pearl", "none": "-none"}
 mg2l_rows += [(f"{world}, recipe before", method, f"mg2l-before-{world}{name}", "eval/train/", "")
               for world in ("spread", "hunting") for method, name in BEFORE.items()]
 mg2l_rows += [("cheetah_dir, recipe before", "joint", "mg2l-before-cheetah_dir", "eval/train/", ""),
