@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lemol  # noqa: E402
+from envs.pursuit import Pursuit  # noqa: E402
 
 KINDS = {"maddpg": "maddpg", "ep": "ep", "ablated": "ablated", "policy": "policy", "stored": "ep",
          "hidden": "uninformed", "oracle": "oracle", "uninformed": "uninformed"}  # defender: --om
@@ -42,7 +43,7 @@ class Remember:
 
     def __init__(self, env, i, memory, told):
         self.env, self.i, self.memory, self.told = env, i, memory, told
-        self.uav = hasattr(env, "listening")
+        self.uav = isinstance(env, Pursuit)
         self.obs_dims = [*env.obs_dims]
         self.obs_dims[i] += len(memory.u0[0]) + (6 if self.uav else 2)
 

@@ -461,6 +461,8 @@ def test_killed_actors_on_ray_give_the_centralised_trajectory(monkeypatch):
 # ---------------------------------------------------------------- policies elsewhere
 def test_a_trained_policy_returns_the_same_in_mpe2(tmp_path):
     mpe2 = pytest.importorskip("mpe2")
+    from test_parity import put
+
     from envs.adapters import from_pettingzoo
 
     args = c.Args(num_agents=2, num_units=32, batch_size=256, total_steps=25_000, learning_starts=4000,
@@ -477,12 +479,17 @@ def test_a_trained_policy_returns_the_same_in_mpe2(tmp_path):
     foreign = from_pettingzoo(make, 30)
     first = foreign.reset
 
-    def reset():
+    def theirs_first():
         obs = first()
         start["pos"] = np.array([[e.state.p_pos for e in r.unwrapped.world.entities] for r in raw])
         return obs
 
-    foreign.reset, env.reset = reset, lambda: env.set_state(start)  # ours begins where mpe2 began
+    def from_there():
+        own()
+        return put(env, vel=0, **start)
+
+    own = env.reset
+    foreign.reset, env.reset = theirs_first, from_there  # ours begins where mpe2 began
     key = (1, 1, c.EVAL)
     theirs = c.rollout(foreign, spec, actor, key)[1]
     ours = c.rollout(env, spec, actor, key)[1]
