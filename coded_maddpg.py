@@ -130,7 +130,7 @@ class Args:
     engine: Literal["local", "inline"] = "local"  # processes, or a virtual clock
     num_stragglers: within(int, 0) = 0  # k, learners drawn in each update that hold their answer back
     straggler_delay: Size = 0.25  # t_s, seconds for which they do
-    agent_seconds: Size = 0.0  # c, added for each x_i: emulates slower nodes; the clock of --engine inline
+    agent_seconds: Size = 0.0  # c, at least so long for an x_i: emulates slow nodes; the clock of inline
     learner_timeout: within(float, 1e-3) = 60.0  # seconds after which nobody waits for a learner any more
 
 
@@ -472,7 +472,8 @@ def decodable(rows):
 
 def encode(row, job, spec, t, cancelled=None, hold=0.0):
     """eq. (7), a learner's whole work: y_j (P,), then the losses of all agents, nan if not its own: (P + 2M,)
-    float64. None if cancelled(seconds), which waits so long, says so: after an agent, or in the hold."""
+    float64. It takes `hold` seconds at least. None if cancelled(seconds), which waits so long, says so."""
+    begin = time.monotonic()
     losses = torch.full((len(row), 2), math.nan, dtype=torch.float64)  # (M, 2)
     y = 0
     for i in np.flatnonzero(row).tolist():
@@ -480,7 +481,7 @@ def encode(row, job, spec, t, cancelled=None, hold=0.0):
         y = y + float(row[i]) * x.cpu().double()  # (P,)
         if cancelled and cancelled(0.0):
             return None
-    if cancelled and cancelled(hold):
+    if cancelled and cancelled(max(0.0, begin + hold - time.monotonic())):
         return None
     return torch.cat([y, losses.flatten()])
 
@@ -498,8 +499,7 @@ def decode(rows, Y, clip):
 
 
 def holds(C, t, args):
-    """w_j c + t_s [j is slow] of eq. (13), (N,): how long each learner holds back what it has computed. The k
-    slow ones are drawn anew in each update."""
+    """w_j c + t_s [j is slow] of eq. (13), (N,): a learner's least seconds. Each update draws k slow ones."""
     slow = keyed(args.seed, t, SLOW).choice(len(C), args.num_stragglers, replace=False)
     delay = args.straggler_delay * np.isin(np.arange(len(C)), slow)  # (N,)
     return np.count_nonzero(C, axis=1) * args.agent_seconds + delay
