@@ -92,12 +92,16 @@ def command_of(folder, stored):
     sys.path.insert(0, str(ROOT))
     module = importlib.import_module(script)
     try:
-        usual = vars(module.Args(**module.preset(module.Args(**stored))))
+        preset = module.preset(module.Args(**stored))
+        usual = vars(module.Args(**preset))
+        plain = vars(module.Args(env=stored["env"]))
     except TypeError as error:
         fail(f"{folder} was made by another {script}.py: {error}")
     words = ["python", f"{script}.py", "--env", stored["env"]]
     for key, value in stored.items():
-        if key not in ("env", "num_threads") and value != usual[key]:
+        # an argument such as --policy lstm is what the preset goes by
+        steers = module.preset(module.Args(**stored | {key: plain[key]})) != preset
+        if key not in ("env", "num_threads") and (value != usual[key] or steers):
             option = ("no-" if value is False else "") + key.replace("_", "-")
             words += [f"--{option}", *([] if isinstance(value, bool) else [str(value)])]
     return shlex.join(words)

@@ -45,8 +45,9 @@ for peers in ("cooperative", "defective"):
     for method, name in GAMES.items():
         mapg_rows.append((f"IPD, {peers} peers", f"{method}, exact table", f"meta_mapg-ipd{name}",
                           f"eval/{peers}/", paper_sum("ipd", peers, method)))
-    mapg_rows.append((f"IPD, {peers} peers", "Meta-MAPG, LSTM", LSTM["ipd"], f"eval/{peers}/",
-                      paper_sum("ipd", peers, "Meta-MAPG")))
+    for label, name in ("DiCE", LSTM["ipd"]), ("Loaded DiCE", "meta_mapg-ipd-policy-lstm-60m"):
+        mapg_rows.append((f"IPD, {peers} peers", f"Meta-MAPG, LSTM, {label}", name, f"eval/{peers}/",
+                          paper_sum("ipd", peers, "Meta-MAPG")))
 for method in ("Meta-MAPG", "Meta-PG"):
     mapg_rows.append(("RPS", f"{method}, sampled table", f"meta_mapg-rps{GAMES[method]}", "eval/",
                       paper_sum("rps", "all", method)))
