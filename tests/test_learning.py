@@ -48,8 +48,8 @@ def test_tesp_finds_hidden_goals_in_three_fast_updates(tmp_path):
 
 
 def test_coded_maddpg_spreads_out(tmp_path):
-    result = final(coded_maddpg, tmp_path, env="simple_spread", total_steps=200_000)
-    assert result["eval/return"] > result["eval/random/return"] + 15  # -48 against -74; -41 after a million
+    result = final(coded_maddpg, tmp_path, env="simple_spread", total_steps=100_000)
+    assert result["eval/return"] > result["eval/random/return"] + 10  # -59 against -75; -43 after 500,000
     assert result["eval/landmark_distance"] < 0.55 < result["eval/random/landmark_distance"]
 
 
