@@ -187,7 +187,7 @@ def parse():
 
 # ================================================================ 1. Environment
 def make_env(args, num_envs, part=(0, 1)):
-    # The contract (envs/__init__.py); bring your own world by returning an object with these members:
+    # The contract (envs/__init__.py); bring your own env by returning an object with these members:
     #   num_envs B, horizon, num_agents 1, discrete False, obs_dims (O,), action_dims (A,), device
     #   reset(task) -> obs (B, O), one task a row;  sample_tasks(n, split) -> (n, task_dim)
     #   step(action (B, A)) -> obs, reward (B, 1), terminated (B,), truncated (B,), info
