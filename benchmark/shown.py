@@ -83,9 +83,11 @@ STEPS = {f"{k} step{'s' * (k != 1)}": f"return_{k}" for k in range(4)}
 # ---------------------------------------------------------------- TESP
 # The supplement's figure of the ant, read off, at 100 iterations: D', after three updates.
 VARIANTS = {"TESP": "", "buffer last": "-buffer-last", "buffer all": "-buffer-all",
-            "frozen step sizes": "-no-learn-alpha", "no updates": "-inner-steps-0"}
+            "frozen step sizes": "-no-learn-alpha"}
 tesp_rows = [("wheeled, 8 M steps", method, f"tesp-wheeled{name}", "eval/", "")
              for method, name in VARIANTS.items()]
+tesp_rows += [("wheeled, 5 M steps", method, f"tesp-wheeled-5m{name}", "eval/", "") for method, name in [
+    ("TESP", ""), ("Meta-SGD", "-meta-sgd"), ("MAESN", "-maesn"), ("MAML, first order", "-maml")]]
 tesp_rows += [("wheeled, the paper's size, 50 iterations", "TESP", "tesp-wheeled-paper", "eval/", ""),
               ("small_ant, 19 iterations", "TESP", "tesp-small_ant", "eval/", "-31 at 100 iterations")]
 UPDATES = {"warm-up": "test/return_warmup"} | {
@@ -111,10 +113,15 @@ coded_rows.append(
      "eval/", ""))
 
 # ---------------------------------------------------------------- LeMOL
-LEMOL = {"LeMOL": "", "ablated": "-om-ablated", "oracle of the action": "-om-oracle",
-         "uninformed": "-om-uninformed", "MADDPG": "-bad-policy-maddpg", "M3DDPG": "-bad-policy-mmmaddpg"}
+LEMOL = {"LeMOL": "", "ablated": "-om-ablated"}
 lemol_rows = [("simple_push", method, f"lemol-simple_push{name}", "eval/", "")
               for method, name in LEMOL.items()]
+
+EQUAL = {"maddpg": "MADDPG with memory", "uninformed": "uninformed", "ablated": "ablated",
+         "stored": "LeMOL, guesses as in play", "ep": "LeMOL", "oracle": "oracle of the action",
+         "policy": "oracle of the policy", "hidden": "oracle of the place"}
+equal_rows = [("uav", label, f"lemol-uav-equal-{kind}", "eval/", "") for kind, label in EQUAL.items()]
+MET = [f"eval/{tag}" for tag in ("return", "anew", "frozen")]
 
 # ---------------------------------------------------------------- MG2L
 # A row of the present recipe appears as soon as its result is there. "mg2l-before-...": the recipe before it.
@@ -140,6 +147,8 @@ TABLES = {
     "coded_maddpg": ({"return": "return", "random policy": "random/return"}, 1, coded_rows),
     "lemol": ({"return": "return_0", "opponent's": "return_1", "cross-entropy": "om_ce",
                "ablated": "ablated_ce"}, 2, lemol_rows),
+    "lemol_equal": ({"both learn": "return", "last policies": "last", "met again, learns": "anew",
+                     "met again, frozen": "frozen", "cross-entropy": "om_ce"}, 2, equal_rows),
     "mg2l": ({"prior": "return_0", "after 8 episodes": "return_8", "z^i tells the task": "accuracy_zi_8"}, 2,
              mg2l_rows)}
 
@@ -158,7 +167,7 @@ FIGURES = {
           for method, name in VARIANTS.items()], {}),
         ("held-out goals", "batches of episodes seen", "return",
          [(f"tesp-wheeled{name}", [f"eval/{tag}" for tag in UPDATES.values()], method)
-          for method, name in VARIANTS.items() if method != "no updates"], {})],
+          for method, name in VARIANTS.items()], {})],
     "coded_maddpg-spread": [
         ("simple_spread, M = 3", "million steps", "return, all agents",
          [("coded_maddpg-simple_spread", "eval/return", "MADDPG")], {})],
@@ -166,6 +175,9 @@ FIGURES = {
         ("cross-entropy of the opponent model", "cycle", "nats",
          [("lemol-simple_push", [f"eval/cycle_{c}/om_ce" for c in range(1, 5)], "LeMOL"),
           ("lemol-simple_push", [f"eval/cycle_{c}/ablated_ce" for c in range(1, 5)], "ablated")], {})],
+    "lemol-uav": [
+        ("uav, equal memory, 24 runs", "both learn, met again, met again frozen", "return of the UAV",
+         [(f"lemol-uav-equal-{kind}", MET, label) for kind, label in EQUAL.items()], {})],
     "mg2l": [
         (world, "million steps", "return in training, latents inferred",
          [(row[2], "charts/episodic_return", row[1]) for row in mg2l_rows if row[0] == world]
