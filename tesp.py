@@ -515,7 +515,7 @@ def outer_gradient(net, x, g, buffer, batch, args):
     gradient = torch.autograd.grad(loss.mean() + penalty, x)[0]
     numbers = torch.stack([loss.mean(), kl.mean()]).detach()
     flat = mean_over_processes(torch.cat([numbers, gradient]))
-    return flat[0], flat[1], flat[2:]
+    return *flat[:2], flat[2:]
 
 
 # Under torchrun every process plays a share of the tasks [D2]; all average the same numbers and take the
