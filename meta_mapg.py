@@ -393,7 +393,7 @@ def linear_baseline(state, reward, gamma, ridge=1e-5):
     eye = torch.eye(x.shape[-1]).to(x)
     w = torch.linalg.solve(x.mT @ x + ridge * eye, x.mT @ target)  # (C, 2S+4, N)
     fitted = (x @ w).mT.reshape(C, N, H, K)
-    return fitted.to(reward.dtype).detach()
+    return fitted.to(reward).detach()
 
 
 def dice_objective(nodes, reward, baseline, gamma, dice_lambda=1.0):
@@ -439,7 +439,8 @@ def exact_value(x, y, reward_table, gamma, horizon):
 # ================================================================ 5. Update
 # create_graph keeps every inner update differentiable: one backward pass walks the whole chain. Each chain
 # has its own copies of phi_0 and eta, so that gradients come out chain by chain, as eq. (6) needs them.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun: 0, 1 without
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 GROWTH = ((0.0, 1), (0.2, 3), (0.45, math.inf))  # from this share of all steps on so many updates [D4]
 
 
@@ -567,8 +568,7 @@ def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), train
                 real = inner_update(players, logprob, batch, lrs, args, training=False)
                 new[1:] = [p.constant() for p in real[1:]]
             players = new
-    batches = length + 1
-    return Chain(loss / batches, critic_loss / batches, torch.stack(rewards, 1))
+    return Chain(loss / len(rewards), critic_loss / len(rewards), torch.stack(rewards, 1))
 
 
 def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), training=True):
@@ -594,7 +594,7 @@ def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), trainin
                 players[0] = players[0].constant()
             if not training or args.method == "meta-pg":
                 players[1] = players[1].constant()
-    loss = loss / (length + 1)
+    loss = loss / len(rewards)
     return Chain(loss, torch.zeros_like(loss), torch.stack(rewards, 1))
 
 
