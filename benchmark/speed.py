@@ -80,7 +80,6 @@ def maml_rl(**sizes):
 
 def tesp(**sizes):
     import tesp as m
-    from envs.goal_robots import TEXTS
 
     args = m.Args(env="wheeled", **sizes)
     env = m.make_env(args, args.num_tasks * args.num_episodes)
@@ -90,7 +89,7 @@ def tesp(**sizes):
     naive = oracle("tesp")
     parts = zip(net.split(x), (net.encoder, net.encoder, net.policy))
     groups = [{k: v.clone().requires_grad_() for k, v in m.unflatten(*part).items()} for part in parts]
-    one = naive.SerialWheeled(args.num_episodes, args.horizon, TEXTS["wheeled"]())
+    one = m.make_env(args, args.num_episodes)
     noise = lambda task, phase: torch.randn(args.horizon, args.num_episodes, env.action_dims[0])
     yield "oracle", 1, lambda: naive.meta_update(one, *groups, env.sample_tasks(1), noise, args)
 
@@ -232,7 +231,7 @@ CASES = [  # name, unit, function, its arguments
     ("meta_mapg, ipd, LSTM, 8 chains", "chain", meta_mapg,
      dict(num_chains=8, chain_length=3, num_episodes=64, horizon=50)),
     ("maml_rl, nav2d", "iteration", maml_rl, dict(num_tasks=10)),
-    ("tesp, wheeled, 5 tasks", "task", tesp, dict(num_tasks=5, num_episodes=10, horizon=100)),
+    ("tesp, wheeled, 5 tasks", "task", tesp, dict(num_tasks=5, num_episodes=10, horizon=50, epochs=5)),
     ("coded_maddpg, spread, M = 3", "update", coded_maddpg, dict(num_agents=3, batch_size=1024)),
     ("coded_maddpg, spread, M = 8", "update", coded_maddpg, dict(num_agents=8, batch_size=1024)),
     ("lemol, simple_push, 8 runs", "episode", lemol, dict(batch_size=128, segment=10)),
