@@ -83,7 +83,7 @@ def crowd(rng, worlds, env):
     """Puts mpe2's worlds and ours into the same random states, with the first two agents in contact and in a
     third of them nearly all bodies. Returns our observation."""
     for world in worlds:
-        scale = rng.choice([0.15, 0.5, 1.1, 3])  # the last is outside the square
+        scale = rng.choice([0.15, 0.5, 1.1, 4])  # the last is outside the square
         for body in world.entities:
             body.state.p_pos = rng.uniform(-scale, scale, 2)
         for agent in world.agents[1:2]:
@@ -575,6 +575,9 @@ def test_drivers_are_bit_equal_to_mamujoco(name):
     torch.manual_seed(1)
     env, draw, fallen = make(name, 4), torch.Generator().manual_seed(0), 0
     obs = env.reset(torch.tensor([[1.0], [-1.0]] * 2) if "cheetah" in name else None)
+    if name == "hopper_param":  # what a driver sees of a speed ends at 10
+        env.state[3, 10:] = 12, -12, 11
+        obs = env._see()
     worlds = [mamujoco.parallel_env(*DRIVEN[name], agent_obsk=0, global_categories=()) for _ in range(4)]
     names, twins = worlds[0].possible_agents, []
     for b, world in enumerate(worlds):
@@ -604,7 +607,7 @@ def test_drivers_are_bit_equal_to_mamujoco(name):
             assert terminated[b].item() == ended
             fallen += ended
         assert not info["diverged"].any()
-    assert fallen <= 4 * 160 and (fallen > 0) == (name == "hopper_param")  # many steps of both kinds
+    assert fallen < 4 * 170 and (fallen > 0) == (name == "hopper_param")  # many steps of both kinds
 
 
 def test_healthy_is_gymnasiums():

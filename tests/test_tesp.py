@@ -168,7 +168,7 @@ def test_outer_gradient_is_that_of_the_oracle(adapt_policy, double):  # eqs. (2)
     with torch.no_grad():  # V as if a policy close to the adapted one had played it: some ratios are clipped
         encoder, actor = net.parts(adapted(phi, alpha, g), psi)
         mean, log_std = tesp.policy(actor, batch.obs, tesp.encode(encoder, buffer))
-        mean = mean + 0.1 * torch.randn_like(mean)
+        mean, log_std = mean + 0.1 * torch.randn_like(mean), log_std + 0.1 * torch.randn_like(mean)
     logprob = tesp.log_prob(mean, log_std, batch.action)
     batch = batch._replace(mean=mean, log_std=log_std, logprob=logprob)
 
