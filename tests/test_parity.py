@@ -484,21 +484,6 @@ def test_locomotion_is_bit_equal_to_gymnasium(name):
     assert cheetah or np.mean(slip) < 0.02
 
 
-@pytest.mark.parametrize("name", ["half_cheetah_dir", "ant_dir"])
-def test_close_to_an_untouched_gymnasium_env(name):
-    torch.manual_seed(0)
-    env = make(name, 4)
-    env.reset()
-    twins = reference(env)
-    for _ in range(10):
-        action = torch.rand(4, *env.action_dims) * 2 - 1
-        env.step(action)
-        for b, twin in enumerate(twins):
-            twin.step(action[b].double().numpy())
-    for b, twin in enumerate(twins):
-        close(env.state[b, 1:], np.concatenate([twin.data.qpos, twin.data.qvel]), atol=1e-10)
-
-
 # ---------------- envs/goal_robots.py: one MjData stepped in a loop
 GOAL_ROBOTS = ["wheeled", "small_ant", "reacher2", "reacher4"]
 

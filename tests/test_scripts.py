@@ -308,7 +308,7 @@ def test_copied_alone_killed_and_resumed(name, tmp_path):
     args = args | dict(total_steps=20 * steps, save_every=1)
     whole = train(name, tmp_path / "whole", 20, save_every=1)
     process = launch(name, *words(**args, run_dir="r"), cwd=tmp_path)
-    end = time.time() + 120
+    end = time.time() + 300
     while not (tmp_path / "r" / "checkpoint.pt").exists():
         assert process.poll() is None and time.time() < end, process.communicate()
         time.sleep(0.01)

@@ -1,19 +1,16 @@
 """TESP's equations by hand, by finite differences and against a loop over tasks (tests/oracles/tesp.py)."""
 
-import importlib.util
 import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from test_house_style import ROOT
+from oracles import tesp as oracle
 
 import tesp
 from tesp import Args, Episodes, Net, Play, adapted, keep
 
-spec = importlib.util.spec_from_file_location("oracle_tesp", ROOT / "tests" / "oracles" / "tesp.py")
-spec.loader.exec_module(oracle := importlib.util.module_from_spec(spec))
 close = torch.testing.assert_close
 S, A, U, D = 3, 2, 4, 3  # observation, action, GRU units, embedding
 FEATURES = S + 2 * A + 1
