@@ -16,7 +16,7 @@ gymnasium come with requirements.txt. These are left out where they are not inst
 
 import argparse
 import datetime
-import importlib.util
+import importlib
 import itertools
 import logging
 import math
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from run import ROOT, commit, machine, write_result
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import envs  # noqa: E402
 
 
@@ -40,10 +40,7 @@ import envs  # noqa: E402
 # units of it. Where play() returns a float, that is the processor time of the part that counts.
 def oracle(name):
     """tests/oracles/<name>.py, which has the name of the script."""
-    spec = importlib.util.spec_from_file_location(f"{name}_oracle", ROOT / "tests" / "oracles" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"oracles.{name}")
 
 
 def meta_mapg(**sizes):
