@@ -11,7 +11,7 @@ from test_parity import GOAL_ROBOTS, TARGETS, one_hot, put
 
 from envs import make
 from envs.base import STRIPES
-from envs.goal_robots import ARMS, fingertip, goal_sets
+from envs.goal_robots import goal_sets
 from envs.mujoco import Simulator
 from envs.multi_agent_mujoco import FIELDS
 from envs.warehouse import CELLS, may_move, number
@@ -314,17 +314,6 @@ def test_wheeled_drives_straight_and_turns_on_the_spot():
     near(drive(1.0, 1.0, 200)[[0, 3]], [46.0, 4.92], atol=0.1)
     near(drive(1.0, -1.0, 20)[:3], [0, 0, 11.66], atol=0.02)
     assert (drive(0.0, 0.0, 20) == 0).all()
-
-
-def test_fingertips():
-    near(fingertip(np.array([0, 0]), 0.75, 0.95), [1.7, 0])
-    near(fingertip(np.array([0, np.pi / 2]), 0.75, 0.95), [0.75, 0.95], atol=1e-12)
-    for name in ARMS:  # the model's own kinematics agree
-        env = make(name, 1)
-        data = mujoco.MjData(env.sim.model)
-        data.qpos[:] = np.linspace(0.3, 1.1, env.nq)
-        mujoco.mj_kinematics(env.sim.model, data)
-        near(data.geom_xpos[-1, :2], fingertip(data.qpos, *ARMS[name][1:]), atol=1e-12)
 
 
 @pytest.mark.parametrize("name", GOAL_ROBOTS)
