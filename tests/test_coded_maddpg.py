@@ -146,7 +146,7 @@ def numbers(M, P=96):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(M, P, generator=g) * 10.0 ** -torch.randint(0, 9, (M, P), generator=g)
     x[:, :8] = 0.5
-    return torch.stack([c.clip_to_grid(row, (5, 16), 0.5) for row in x])
+    return torch.stack([c.clip_to_grid(c.layers(row, (5, 16)), P, 0.5) for row in x])
 
 
 def answers(C, X):
