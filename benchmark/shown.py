@@ -94,9 +94,18 @@ UPDATES = {"warm-up": "test/return_warmup"} | {
     f"{k} update{'s' * (k != 1)}": f"test/return_{k}" for k in range(4)}
 
 # ---------------------------------------------------------------- Coded MADDPG
+# The authors' own program with learners and no code: means of 1,000 training episodes of simple_spread under
+# the rules of 2017, after the exploration. They stand, unrounded, in github.com/BaoqianWang/
+# coding_distributed_marl, commit 6206ad3, learning_curves/simple_spreaduncoded_rewards_<M>_agents.pkl.
+CODED = {3: (-736, -603, -580, -556, -536, -530, -519, -513, -504, -508, -494, -488, -485, -486, -480),
+         8: (-8899, -7582, -6788, -6703, -6851, -6840, -6865, -6778)}
 coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/", ""),
-              ("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread-500k", "eval/", ""),
-              ("spread, M = 3", "MADDPG, 64 envs", "coded_maddpg-simple_spread-num-envs-64", "eval/", ""),
+              ("spread, M = 3", "MADDPG, B = 1024", "coded_maddpg-simple_spread-500k", "eval/", ""),
+              ("spread, M = 3", "MADDPG, B = 1024, 64 envs", "coded_maddpg-simple_spread-num-envs-64",
+               "eval/", ""),
+              ("spread, M = 3, in mpe2, greedy", "MADDPG, B = 1024", "coded_maddpg-beside-port", "ours/", ""),
+              ("spread, M = 3, in mpe2, greedy", "maddpg-pettingzoo-pytorch", "coded_maddpg-beside-port",
+               "port/", ""),
               ("spread, M = 8", "MADDPG",
                "coded_maddpg-simple_spread-total-steps-400000-num-agents-8", "eval/", "")]
 # A sum over opponents measures nothing: one of each side, against the learned other side. The random policy
@@ -170,7 +179,12 @@ FIGURES = {
           for method, name in VARIANTS.items()], {})],
     "coded_maddpg-spread": [
         ("simple_spread, M = 3", "million steps", "return, all agents",
-         [("coded_maddpg-simple_spread", "eval/return", "MADDPG")], {})],
+         [("coded_maddpg-simple_spread", "eval/return", "MADDPG")], {}),
+        *[(f"M = {M}, rules of 2017", "million steps", "return, all agents",
+           [(f"coded_maddpg-authors-{M}", "eval/return", "MADDPG"),
+            (f"coded_maddpg-authors-{M}", "eval/random/return", "random policy")],
+           {"MADDPG": {0.0256 + 0.025 * (k + 0.5): number for k, number in enumerate(CODED[M])}})
+          for M in CODED]],
     "lemol-simple_push": [
         ("cross-entropy of the opponent model", "cycle", "nats",
          [("lemol-simple_push", [f"eval/cycle_{c}/om_ce" for c in range(1, 5)], "LeMOL"),
