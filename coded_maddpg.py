@@ -28,7 +28,8 @@ Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor 
                   decodable I gives the very bits of training without learners.
              [D4] mds: the paper's powers of .1 to .5 give condition numbers beyond 1e10. sparse-mds is ours.
              [D5] Targets start as copies, the base code's as independent draws. Adam is TensorFlow's.
-  Run        python coded_maddpg.py --env simple_spread                 # 3 minutes: return -42, random -74
+             [D6] B is 512, not 1024: the same return in two thirds of the time.
+  Run        python coded_maddpg.py --env simple_spread                 # 80 s: return -43, random -74
              python coded_maddpg.py --env simple_tag --num-agents 8 --adv-policy ddpg
              python coded_maddpg.py --num-agents 8 --num-learners 15 --num-stragglers 4   # processes
              python benchmark/ray_engine.py --num-learners 15                             # a Ray cluster
@@ -53,6 +54,7 @@ from typing import Annotated, Literal, NamedTuple, Optional
 import numpy as np
 import torch
 import tyro
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tyro.constructors import PrimitiveConstructorSpec
@@ -91,7 +93,7 @@ Scheme = Literal["uncoded", "replication", "mds", "random", "ldpc", "sparse-mds"
 
 @dataclass
 class Args:
-    """Defaults: three agents on simple_spread with the authors' hyper-parameters, and no learners."""
+    """Defaults: three agents on simple_spread, the authors' hyper-parameters but for B, and no learners."""
 
     # --- run: the same in all six scripts
     env: str = "simple_spread"  # simple, simple_spread, _tag, _adversary, _push, ...: PRESETS; or your own
@@ -119,7 +121,7 @@ class Args:
     lr: Size = 0.01  # Adam's step size, eq. (10)
     gamma: Share = 0.95  # discount, eq. (3)
     tau: Share = 0.01  # how far the targets follow, eq. (11)
-    batch_size: Count = 1024  # B, transitions in a minibatch
+    batch_size: Count = 512  # B, transitions in a minibatch [D6]
     num_units: Count = 64  # units in each of the two hidden layers
     max_grad_norm: within(float, 1e-9) = 0.5  # each tensor's gradient is clipped to this norm, eq. (6)
     replay_size: Count = 1_000_000  # transitions that the replay holds; memory is taken as it fills
@@ -268,8 +270,7 @@ def gumbel(seed, t, stream, shape):
 
 
 def gumbel_softmax(logits, noise, split):
-    """eq. (2): (B, A) -> (B, A), block by block. Soft at temperature 1, as in the base code: this vector goes
-    to the env and into the replay."""
+    """eq. (2): (B, A) -> (B, A), block by block, at temperature 1. Env and replay get this soft action."""
     return torch.cat([block.softmax(1) for block in (logits + noise).split(split, 1)], 1)
 
 
@@ -297,21 +298,21 @@ class Replay:
         return *now.split(self.widths, 1), following[:, : self.widths[0]]
 
 
-def act_all(actor, spec, obs, noise):
-    """eq. (2) for all agents: actor (M, .), obs (B, sum O), noise (B, sum A) -> (B, sum A)."""
-    nets = map(layers, actor, spec.actor)
-    logits = [mlp(net, o) for net, o in zip(nets, obs.split(spec.obs, 1))]  # (B, A_i) each
+def act_all(actors, spec, obs, noise):
+    """eq. (2) for all agents: layers of their actors, obs (B, sum O), noise (B, sum A) -> (B, sum A)."""
+    logits = [mlp(net, o) for net, o in zip(actors, obs.split(spec.obs, 1))]  # (B, A_i) each
     return gumbel_softmax(torch.cat(logits, 1), noise, sum(spec.splits, ()))
 
 
 @torch.no_grad()
 def rollout(env, spec, actor, key):
     """eq. (12): an episode of each env, as rows of the replay, (B, H+1, W), and the returns, (B, M)."""
+    actors = [*map(layers, actor, spec.actor)]
     noise = gumbel(*key, (env.horizon, env.num_envs, sum(spec.act))).to(actor.device)  # (H, B, sum A)
     obs = torch.cat(env.reset(), 1)  # (B, sum O)
     rows, returns = [], 0
     for e in noise:
-        act = act_all(actor, spec, obs, e)  # (B, sum A)
+        act = act_all(actors, spec, obs, e)  # (B, sum A)
         new, reward, terminated, _, _ = env.step(act.split(spec.act, 1))
         # time being up is no end: it is bootstrapped
         rows.append(torch.cat([obs, act, reward, terminated[:, None]], 1))  # (B, W)
@@ -344,7 +345,7 @@ def make_job(spec, nets, sample, t):
     """One minibatch for all agents, and a' of all agents from one snapshot of the targets [D1]."""
     obs, act, _, next_obs = sample
     noise = gumbel(spec.args.seed, t, TARGETS, act.shape).to(act.device)
-    next_act = act_all(nets["target_actor"], spec, next_obs, noise)
+    next_act = act_all(map(layers, nets["target_actor"], spec.actor), spec, next_obs, noise)
     return Job(*sample, next_act, *(nets[name] for name in Job._fields[5:]))
 
 
@@ -379,11 +380,11 @@ def grid(clip):
     return 2.0 ** (math.ceil(math.log2(clip)) - 31)
 
 
-def clip_to_grid(grad, sizes, clip):
-    """eq. (6): each weight and bias of a net's gradient to norm <= clip, then to multiples of the unit."""
-    for g in layers(grad, sizes):  # views: this changes grad
-        g *= clip / g.norm().clamp(min=clip)
-    return (grad / grid(clip)).round() * grid(clip)  # powers of 2: only round() rounds
+def clip_to_grid(grads, P, clip):
+    """eq. (6): a net's gradients, each clipped to norm <= clip, as one row of P multiples of the unit."""
+    row = torch.cat([(g * (clip / g.norm().clamp(min=clip))).flatten() for g in grads])
+    row = pad(row, (0, P - len(row)))  # (P,)
+    return (row / grid(clip)).round() * grid(clip)  # powers of 2: only round() rounds
 
 
 def adam(g, m, v, n, lr):
@@ -396,28 +397,27 @@ def adam(g, m, v, n, lr):
 def agent_update(job, spec, t, i):
     """x_i (P,) by eqs. (2)-(6), and the losses of critic and actor, (2,)."""
     args, sizes = spec.args, spec.critic[i]
-    actor, critic = job.actor[i].requires_grad_(), job.critic[i].requires_grad_()
+    actor = layers(job.actor[i].requires_grad_(), spec.actor[i])
+    critic = layers(job.critic[i].requires_grad_(), sizes)
 
     # the critic's gradient
     with torch.no_grad():
         x_next = seen_by(spec, i, job.next_obs, job.next_act)  # (B, in)
-        target = layers(job.target_critic[i], sizes)
-        y = td_target(target, x_next, job.end[:, i], job.end[:, -1], args.gamma)  # (B,)
-    loss_q = critic_loss(layers(critic, sizes), seen_by(spec, i, job.obs, job.act), y)
-    g_q = clip_to_grid(torch.autograd.grad(loss_q, critic)[0], sizes, args.max_grad_norm)  # (longest,)
+        y = td_target(layers(job.target_critic[i], sizes), x_next, job.end[:, i], job.end[:, -1], args.gamma)
+    loss_q = critic_loss(critic, seen_by(spec, i, job.obs, job.act), y)
+    g_q = clip_to_grid(torch.autograd.grad(loss_q, critic), job.critic.shape[1], args.max_grad_norm)
 
     # the actor is judged by the critic after its step, which every learner takes for itself
-    stepped = critic.detach() + adam(g_q, job.m_critic[i], job.v_critic[i], t, args.lr)[0]
+    stepped = job.critic[i] + adam(g_q, job.m_critic[i], job.v_critic[i], t, args.lr)[0]
     noise = gumbel(args.seed, t, i, (len(job.obs), spec.act[i])).to(job.obs.device)
-    judge, player = layers(stepped, sizes), layers(actor, spec.actor[i])
-    loss_p = actor_loss(player, judge, spec, i, job.obs, job.act, noise)
-    g_p = clip_to_grid(torch.autograd.grad(loss_p, actor)[0], spec.actor[i], args.max_grad_norm)
+    loss_p = actor_loss(actor, layers(stepped, sizes), spec, i, job.obs, job.act, noise)
+    g_p = clip_to_grid(torch.autograd.grad(loss_p, actor), job.actor.shape[1], args.max_grad_norm)
     return torch.cat([g_q, g_p]), torch.stack([loss_q, loss_p]).detach()
 
 
 # ================================================================ 5. Update
-# First the codes, then who computes: this process, maybe by a virtual clock; processes; or actors on Ray. All
-# give the same X, bit for bit, and the controller applies it. Learners know nothing but their job.
+# First come the codes, then the engines that compute X: this process, maybe on a virtual clock; learners that
+# are processes; or actors on Ray. All give the same bits of X, and the controller applies it.
 # LDPC {M: agents that each row after the first M adds up}: an array code of 3 x 5 blocks of 3 x 3
 LDPC = {8: "0127 0137 0147 057 067 1 1", 10: "012349 0159 0369 02379 01289"}
 
@@ -462,8 +462,8 @@ def make_code(scheme, N, M, seed=1, p=0.8):
 
 
 def decodable(rows):
-    """eq. (8): do these rows of C, (n, M), determine all agents, and safely so? Full rank is a condition
-    number that is finite. Below 1e6, float64 errs by less than half a unit, so rounding is exact [D3]."""
+    """eq. (8): do these rows of C, (n, M), determine all agents? Full rank means a finite condition number.
+    Below 1e6, float64 errs by less than half a unit, so that rounding is exact [D3]."""
     if len(rows) < rows.shape[1]:
         return False
     s = np.linalg.svd(rows, compute_uv=False)  # (M,), the largest first
@@ -471,8 +471,8 @@ def decodable(rows):
 
 
 def encode(row, job, spec, t, cancelled=None, hold=0.0):
-    """eq. (7), a learner's whole work: y_j (P,), then the losses of all agents, nan if not its own: (P + 2M,)
-    float64. It takes `hold` seconds at least. None if cancelled(seconds), which waits so long, says so."""
+    """eq. (7), a learner's whole work: y_j (P,), then the losses of all agents, nan if not its own, float64.
+    It lasts at least `hold` seconds. cancelled(seconds) waits so long for a cancel, which makes it None."""
     begin = time.monotonic()
     losses = torch.full((len(row), 2), math.nan, dtype=torch.float64)  # (M, 2)
     y = 0
@@ -487,8 +487,8 @@ def encode(row, job, spec, t, cancelled=None, hold=0.0):
 
 
 def decode(rows, Y, clip):
-    """eq. (9): X (M, P) float32 and losses (M, 2) from rows C_I (n, M) and what encode() gave for them. What
-    was encoded lies on the grid [D3]: so round. If that does not give Y_I back, learners contradict."""
+    """eq. (9): rows C_I (n, M) and what encode() gave for them -> X (M, P) float32, losses (M, 2). The x_i
+    lie on the grid, so X is rounded to it [D3]. If that does not give Y_I back, the learners disagree."""
     M, unit, C = rows.shape[1], grid(clip), torch.from_numpy(rows)
     Y, losses = Y[:, : -2 * M], Y[:, -2 * M :].nanmean(0).view(M, 2)  # (n, P), (M, 2)
     X = (torch.linalg.pinv(C) @ Y / unit).round() * unit  # (M, P)
@@ -499,7 +499,7 @@ def decode(rows, Y, clip):
 
 
 def holds(C, t, args):
-    """w_j c + t_s [j is slow] of eq. (13), (N,): a learner's least seconds. Each update draws k slow ones."""
+    """w_j c + t_s [j is slow] of eq. (13), (N,): the least seconds of each learner. k of them are slow."""
     slow = keyed(args.seed, t, SLOW).choice(len(C), args.num_stragglers, replace=False)
     delay = args.straggler_delay * np.isin(np.arange(len(C)), slow)  # (N,)
     return np.count_nonzero(C, axis=1) * args.agent_seconds + delay
@@ -515,8 +515,7 @@ def arrivals(C, finish):
 
 
 class Central:
-    """The arithmetic of the learners that would be first, on a virtual clock, eq. (13), in this process. With
-    the identity as code it is ordinary MADDPG."""
+    """Computes here what the first learners by eq. (13) would send. With C = identity: ordinary MADDPG."""
 
     def __init__(self, C, spec, args):
         self.C, self.spec, self.args = C, spec, args
@@ -532,9 +531,9 @@ class Central:
         pass
 
 
-# The engine. A learner is busy, starting or with a job, or idle, and gets a job only when idle: so a hung one
-# is sent a job and a cancel, no more, and its pipe cannot fill up. Answers to an old t are dropped: whoever
-# is late may read a job half overwritten, and one buffer in shared memory is enough. A pipe's end is a death.
+# The engine. A learner is busy (it starts, or has a job) or idle, and only an idle one gets a job. So a hung
+# one is sent a job and a cancel at most, and its pipe cannot fill up. One job in shared memory is enough: a
+# late learner may read it half overwritten, but answers to an old t are dropped. A pipe's end is a death.
 class Learners(Central):
     """Processes on this machine. benchmark/ray_engine.py overrides what speaks to them: publish to kill."""
 
@@ -558,7 +557,7 @@ class Learners(Central):
         begin, notice, enough = time.monotonic(), 10.0, self.restarts + 5 * len(self.C)
         self.publish(job)
         while not decodable(C[[*answers]]):
-            # hand the job to all who are idle, then take in what comes
+            # give the job to all idle learners, then receive what comes
             for j in set(range(len(C))) - self.busy.keys() - answers.keys():
                 self.busy[j] = t
                 self.send(j, t, hold[j])
@@ -569,7 +568,7 @@ class Learners(Central):
                 elif when == t:
                     answers[j] = answer
 
-            # not for ever: then the silent are replaced, and this process computes the update
+            # nobody waits for ever: the silent are replaced, and this process computes the update
             waited = time.monotonic() - begin
             if self.restarts > enough:
                 fail("learners end again and again without an answer (a program that calls train() needs "
@@ -618,9 +617,10 @@ class Learners(Central):
     def start(self, j):
         self.pipe[j], theirs = self.context.Pipe()
         given = (theirs, self.job, self.Y[j], self.C[j], self.spec)
-        self.process[j] = self.context.Process(target=learner, args=given, daemon=True)
-        self.process[j].start()
+        process = self.context.Process(target=learner, args=given, daemon=True)
+        process.start()
         theirs.close()
+        self.process[j] = process  # only now: a second Ctrl-C may come in between
 
     def send(self, j, *message):
         with contextlib.suppress(OSError):  # dead: receive() sees the end of the pipe
@@ -649,13 +649,13 @@ def learner(pipe, job, out, row, spec):
     torch.set_num_threads(1)
 
     def cancelled(seconds):
-        return pipe.poll(seconds) and bool(pipe.recv())  # nothing else comes in mid-job
+        return pipe.poll(seconds) and bool(pipe.recv())  # only a cancel can come amid a job
 
     with contextlib.suppress(EOFError, OSError):
         pipe.send((0, False))  # ready
         while True:
             t, hold = pipe.recv()
-            if t > 0:  # otherwise a cancel that came after the answer
+            if t > 0:  # else it is a cancel that came after the answer
                 answer = encode(row, job, spec, t, cancelled, hold)
                 if answer is not None:
                     out.copy_(answer)
@@ -677,7 +677,7 @@ def make_engine(args, spec):
 
 @torch.no_grad()
 def apply_update(nets, X, t, args):
-    """What eqs. (10) and (11) change, in place; X (M, P), row i is [g_q, g_p] of agent i."""
+    """eqs. (10) and (11), in place; row i of X (M, P) is [g_q, g_p] of agent i."""
     widths = nets["critic"].shape[1], nets["actor"].shape[1]
     for kind, g in zip(("critic", "actor"), X.split(widths, 1)):  # g (M, width)
         change, m, v = adam(g, nets[f"m_{kind}"], nets[f"v_{kind}"], t, args.lr)
@@ -699,7 +699,7 @@ def iterate(env, spec, nets, replay, engine, args, iteration):
         job = make_job(spec, nets, replay.sample(args.seed, t, args.batch_size), t)
         X, losses, logs = engine.solve(t, job)
         apply_update(nets, X.to(args.device), t, args)
-        logs |= {"losses/critic": losses[:, 0].mean(), "losses/actor": losses[:, 1].mean()}
+        logs |= zip(("losses/critic", "losses/actor"), losses.mean(0))
 
     # the next episodes
     episodes, returns = rollout(env, spec, nets["actor"], (args.seed, iteration, PLAY))
@@ -709,9 +709,9 @@ def iterate(env, spec, nets, replay, engine, args, iteration):
 
 
 # ================================================================ 6. Evaluation
-# As in the original: actions are sampled as in training. Own envs and own random streams: how often one
-# evaluates does not change what is learned. A net that is all zeros is the random policy. A sum over
-# opponents measures nothing: there the sides stand apart, and each also plays a random other side.
+# Actions are sampled as in training, as the original does. Evaluation has its own envs and random streams, so
+# it does not change what is learned. A net of zeros is the random policy. A sum over opponents measures
+# nothing: their returns are shown apart, and each side also plays against a random other side.
 def evaluate(args, spec, actor):
     """{tag: value}: returns of learned and random policies, and what the env measures at an episode's end."""
     env, flat, K = make_env(args, args.eval_episodes), {}, spec.adversaries

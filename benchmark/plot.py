@@ -121,7 +121,7 @@ def profile(ax, result, tags, label, colour):
 
 def figure(panels):
     """Panels side by side, each (title, x label, y label, lines, papers). A line is (result, tag or tags,
-    label); papers are {label: numbers} of a profile, dotted in the colour of the line of that label."""
+    label); papers are {label: numbers, or {x: number}}, dotted in the colour of the line of that label."""
     fig, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), squeeze=False)
     for ax, (title, x_label, y_label, lines, papers) in zip(axes[0], panels):
         colours = {}
@@ -130,7 +130,8 @@ def figure(panels):
             draw = curve if isinstance(tags, str) else profile
             draw(ax, Result(name), tags, label, colour)
         for label, numbers in papers.items():
-            ax.plot(numbers, color=colours[label], ls=":", marker="o", ms=3, mfc="white", lw=1,
+            points = numbers if isinstance(numbers, dict) else dict(enumerate(numbers))
+            ax.plot(*zip(*points.items()), color=colours[label], ls=":", marker="o", ms=3, mfc="white", lw=1,
                     label=f"{label}, paper")
         ax.set(title=title, xlabel=x_label, ylabel=y_label)
         ax.legend(fontsize=7, frameon=False)

@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import coded_maddpg as c  # noqa: E402
+from coded_maddpg import Job, encode  # noqa: E402
 
 
 class RayLearners(c.Learners):
@@ -35,7 +36,7 @@ class RayLearners(c.Learners):
                 ray.init(address, log_to_driver=False, logging_level="CRITICAL")
         except Exception as error:
             c.fail(f"no Ray: {type(error).__name__}: {error}")
-        for module in (c, c.envs, sys.modules[__name__]):  # this code travels; nodes need none of it
+        for module in (c, sys.modules[__name__]):  # what RemoteLearner names travels; nodes need no file
             if module.__name__ != "__main__":  # which travels anyway
                 ray.cloudpickle.register_pickle_by_value(module)
         options = dict(num_cpus=0.1, max_concurrency=2, scheduling_strategy="SPREAD")
@@ -99,8 +100,8 @@ class RemoteLearner:
                 time.sleep(0.005)
             return self.stop >= t
 
-        job = c.Job(*(torch.from_numpy(np.array(array)) for array in arrays))  # copies: Ray's are read-only
-        answer = c.encode(self.row, job, self.spec, t, cancelled, hold)
+        job = Job(*(torch.from_numpy(np.array(array)) for array in arrays))  # copies: Ray's are read-only
+        answer = encode(self.row, job, self.spec, t, cancelled, hold)
         return t, None if answer is None else answer.numpy()
 
 

@@ -9,6 +9,8 @@ lines, papers), as plot.figure() says.
 
 from pathlib import Path
 
+RESULTS = Path(__file__).parent / "results"
+
 # ---------------------------------------------------------------- Meta-MAPG
 # Kim et al. 2021, read off the vector figure: reward per step of agent i after 0 .. 7 updates; in the
 # cheetah, return after 0 .. 2. The paper's agents are LSTMs.
@@ -94,11 +96,20 @@ UPDATES = {"warm-up": "test/return_warmup"} | {
     f"{k} update{'s' * (k != 1)}": f"test/return_{k}" for k in range(4)}
 
 # ---------------------------------------------------------------- Coded MADDPG
+# The authors' own program with learners and no code: means of 1,000 training episodes of simple_spread under
+# the rules of 2017, after the exploration. They stand, unrounded, in github.com/BaoqianWang/
+# coding_distributed_marl, commit 6206ad3, learning_curves/simple_spreaduncoded_rewards_<M>_agents.pkl.
+CODED = {3: (-736, -603, -580, -556, -536, -530, -519, -513, -504, -508, -494, -488, -485, -486, -480),
+         8: (-8899, -7582, -6788, -6703, -6851, -6840, -6865, -6778)}
 coded_rows = [("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread", "eval/", ""),
-              ("spread, M = 3", "MADDPG", "coded_maddpg-simple_spread-500k", "eval/", ""),
-              ("spread, M = 3", "MADDPG, 64 envs", "coded_maddpg-simple_spread-num-envs-64", "eval/", ""),
+              ("spread, M = 3", "MADDPG, B = 1024", "coded_maddpg-simple_spread-500k", "eval/", ""),
+              ("spread, M = 3", "MADDPG, B = 1024, 64 envs", "coded_maddpg-simple_spread-num-envs-64",
+               "eval/", ""),
               ("spread, M = 8", "MADDPG",
                "coded_maddpg-simple_spread-total-steps-400000-num-agents-8", "eval/", "")]
+if (RESULTS / "coded_maddpg-beside-port.csv").exists():  # benchmark/beside_port.py
+    coded_rows += [("spread, M = 3, in mpe2, greedy", method, "coded_maddpg-beside-port", f"{who}/", "")
+                   for method, who in [("MADDPG, B = 1024", "ours"), ("maddpg-pettingzoo-pytorch", "port")]]
 # A sum over opponents measures nothing: one of each side, against the learned other side. The random policy
 # meets a random other side.
 for env, M, steps in [("adversary", 3, 500_000), ("push", 3, 500_000), ("tag", 3, 500_000),
@@ -125,7 +136,6 @@ MET = [f"eval/{tag}" for tag in ("return", "anew", "frozen")]
 
 # ---------------------------------------------------------------- MG2L
 # A row of the present recipe appears as soon as its result is there. "mg2l-before-...": the recipe before it.
-RESULTS = Path(__file__).parent / "results"
 MG2L = {"task given": "-method-task-given", "joint": "", "own": "-local-loss-own",
         "global only": "-method-global-only", "MA-PEARL": "-method-pearl", "none": "-method-none"}
 mg2l_rows = [(world, method, f"mg2l-{world}{name}", "eval/test/", "")
@@ -170,7 +180,12 @@ FIGURES = {
           for method, name in VARIANTS.items()], {})],
     "coded_maddpg-spread": [
         ("simple_spread, M = 3", "million steps", "return, all agents",
-         [("coded_maddpg-simple_spread", "eval/return", "MADDPG")], {})],
+         [("coded_maddpg-simple_spread", "eval/return", "MADDPG")], {}),
+        *[(f"M = {M}, rules of 2017", "million steps", "return, all agents",
+           [(f"coded_maddpg-authors-{M}", "eval/return", "MADDPG"),
+            (f"coded_maddpg-authors-{M}", "eval/random/return", "random policy")],
+           {"MADDPG": {0.0256 + 0.025 * (k + 0.5): number for k, number in enumerate(CODED[M])}})
+          for M in CODED]],
     "lemol-simple_push": [
         ("cross-entropy of the opponent model", "cycle", "nats",
          [("lemol-simple_push", [f"eval/cycle_{c}/om_ce" for c in range(1, 5)], "LeMOL"),

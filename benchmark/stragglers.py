@@ -3,8 +3,13 @@ Coded MADDPG: the time of an iteration against the number of stragglers, for eac
 
   python benchmark/stragglers.py                  formula beside the paper's bars, virtual clock: 10 s
   python benchmark/stragglers.py --processes 30   also real learner processes, 30 updates in each cell: 3 min
+  python benchmark/stragglers.py --disturbed 20   20 short trainings whose learners are killed, hang or are
+                                                  slow: do they end with the weights of training without?
+  --ray 2                                         the last two with actors on Ray, here two nodes of it on
+                                                  this machine; of the cells only two schemes, k = 0 and 4
 
-Writes benchmark/results/stragglers.csv: part, world, agents, scheme, stragglers, seconds, paper.
+Without --disturbed and --ray it writes benchmark/results/stragglers.csv: part, world, agents, scheme,
+stragglers, seconds, paper.
 
 paper    seconds per 5 iterations: eq. (13), mean of 400 draws of the stragglers, N = 15 learners, beside the
          bars of the authors' figures. Their unit and t_s are stated nowhere: both are inferred from the jump
@@ -16,8 +21,10 @@ process  the same, measured with processes that sleep out their 20 ms, so that t
 """
 
 import argparse
+import contextlib
 import datetime
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -88,8 +95,8 @@ def formula_rows():
                 yield "formula", "any", M, scheme, k, mean_time(C, k, WORK, DELAY), ""
 
 
-def measure(scheme, M, updates):
-    """{stragglers: mean seconds of so many updates}; the nets are small: time is what learners sleep."""
+def measure(scheme, M, updates, ks):
+    """{k stragglers: mean seconds of so many updates}; the nets are small: time is what learners sleep."""
     args = c.Args(num_agents=M, num_learners=N, scheme=scheme, seed=30, num_units=8, batch_size=8,
                   agent_seconds=WORK, straggler_delay=DELAY, replay_size=1000)
     torch.set_num_threads(1)
@@ -98,7 +105,7 @@ def measure(scheme, M, updates):
     nets, replay = c.make_nets(spec, "cpu"), c.Replay(args, spec)
     replay.append(c.rollout(env, spec, nets["actor"], (1, 1, c.PLAY))[0])
     engine, times, t = c.make_engine(args, spec), {}, 0
-    for k in (0, 0, 2, 4, 7):  # the first time learners start
+    for k in (0, *ks):  # the first time learners start
         engine.args, times[k] = replace(args, num_stragglers=k), []
         for _ in range(updates):
             t += 1
@@ -110,16 +117,87 @@ def measure(scheme, M, updates):
     return {k: float(np.mean(found)) for k, found in times.items()}
 
 
-def process_rows(updates):
-    for scheme in [*SCHEMES, "sparse-mds"]:
-        for k, seconds in measure(scheme, 8, updates).items():
+def process_rows(updates, schemes=(*SCHEMES, "sparse-mds"), ks=(0, 2, 4, 7)):
+    for scheme in schemes:
+        for k, seconds in measure(scheme, 8, updates, ks).items():
             yield "process", "any", 8, scheme, k, seconds, ""
+
+
+# ---------------------------------------------------------------- Ray, and disturbances
+def use_ray(nodes):
+    """From now on learners are actors on a Ray with so many nodes, all on this machine."""
+    import ray
+    from ray.cluster_utils import Cluster
+    from ray_engine import RayLearners
+
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    for _ in range(nodes - 1):
+        cluster.add_node(num_cpus=1)
+    ray.init(cluster.address, log_to_driver=False)
+    c.Learners = RayLearners
+
+
+def hit(engine, learners, number):
+    """Send a signal to learners. Returns the pids of those that it reached."""
+    reached = []
+    for j in learners:
+        with contextlib.suppress(Exception):  # it is just starting, or has hung since the run before
+            remote = hasattr(engine, "ray")
+            reached.append(engine.ray.get(engine.process[j].pid.remote(), timeout=2) if remote
+                           else engine.process[j].pid)
+            os.kill(reached[-1], number)
+    return reached
+
+
+def disturbed(runs, updates=6):
+    """Trainings with other weights and episodes each; the learners and their updates' numbers go on."""
+    args = c.Args(num_learners=5, num_units=8, batch_size=32, horizon=5, num_envs=4, update_every=20,
+                  replay_size=2000, learning_starts=20, straggler_delay=5.0)
+    torch.set_num_threads(1)
+    spec = c.make_spec(args, c.make_env(args, 1))
+    engine = c.make_engine(args, spec)
+    for run in range(1, runs + 1):
+        kind, ends = ("one killed", "two hung", "two late", "all killed")[run % 4], []
+        for who in c.Central(np.eye(3), spec, replace(args, num_learners=0)), engine:
+            torch.manual_seed(run)
+            env, nets, replay = c.make_env(args, 4), c.make_nets(spec, "cpu"), c.Replay(args, spec)
+            replay.append(c.rollout(env, spec, nets["actor"], (run, 1, c.PLAY))[0])
+            engine.args = replace(args, num_stragglers=2 * (kind == "two late"))
+            for k in range(updates):
+                if who is engine and k == 2:  # learners 0 and 1, 1 and 2, ...
+                    two, hung = (run % 5, (run + 1) % 5), []
+                    if "killed" in kind:
+                        hit(engine, range(5) if kind == "all killed" else two[:1], signal.SIGKILL)
+                    if kind == "two hung":
+                        hung = hit(engine, two, signal.SIGSTOP)
+                c.iterate(env, spec, nets, replay, who, args, run * updates + k + 1)
+            ends.append([*nets.values(), replay.rows[: replay.stored]])
+        for pid in hung:  # they answer to an old update now
+            os.kill(pid, signal.SIGCONT)
+        same = all(map(torch.equal, *ends))
+        print(f"run {run:3d}: {kind:10s}  {'the same bits' if same else 'OTHER BITS'}  "
+              f"{engine.restarts} restarts so far", flush=True)
+        if not same:
+            raise SystemExit(1)
+    engine.close()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--processes", type=int, default=0, metavar="UPDATES", help="also measure processes")
-    updates = parser.parse_args().processes
+    parser.add_argument("--disturbed", type=int, default=0, metavar="RUNS", help="trainings with accidents")
+    parser.add_argument("--ray", type=int, default=0, metavar="NODES", help="actors on Ray, not processes")
+    options = parser.parse_args()
+    updates = options.processes
+    if options.ray:
+        use_ray(options.ray)
+    if options.disturbed:
+        disturbed(options.disturbed)
+    if options.ray and updates:
+        for *row, seconds, _ in process_rows(updates, ("uncoded", "sparse-mds"), (0, 4)):
+            print(f"Ray, {' '.join(map(str, row[1:])):46s} {seconds:8.3f}", flush=True)
+    if options.ray or options.disturbed:
+        raise SystemExit(0)
     rows = [["part", "world", "agents", "scheme", "stragglers", "seconds", "paper"]]
     for part in paper_rows(), formula_rows(), process_rows(updates) if updates else ():
         for *row, seconds, paper in part:

@@ -146,7 +146,7 @@ def numbers(M, P=96):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(M, P, generator=g) * 10.0 ** -torch.randint(0, 9, (M, P), generator=g)
     x[:, :8] = 0.5
-    return torch.stack([c.clip_to_grid(row, (5, 16), 0.5) for row in x])
+    return torch.stack([c.clip_to_grid(c.layers(row, (5, 16)), P, 0.5) for row in x])
 
 
 def answers(C, X):
@@ -415,7 +415,8 @@ def test_who_waits_for_learners_says_so(monkeypatch, capfd):
     assert second.endswith("replaced are learners none")  # nobody had a job yet: they are still starting
 
 
-def test_ctrl_c_while_learners_start_is_no_traceback(tmp_path):
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_while_learners_start(tmp_path, presses):
     from test_scripts import words
 
     options = TINY | dict(num_learners=5, total_steps=10**6, run_dir=tmp_path / "r")
@@ -424,11 +425,16 @@ def test_ctrl_c_while_learners_start_is_no_traceback(tmp_path):
     process = subprocess.Popen(line, start_new_session=True, **pipes)
     while not list(tmp_path.glob("r/args.json")):
         time.sleep(0.05)
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everybody
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in errors
-    assert (tmp_path / "r" / "checkpoint.pt").exists()
+    for _ in range(presses):
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everybody
+    _, errors = process.communicate(timeout=60)  # returns when the last process has closed the pipes
+    assert "AttributeError" not in errors  # of a learner that was only half started
+    if presses == 1:
+        assert process.returncode == 0 and "Traceback" not in errors
+        assert (tmp_path / "r" / "checkpoint.pt").exists()
+    else:  # KeyboardInterrupt, as in the other scripts
+        assert process.returncode in (-signal.SIGINT, 130)
 
 
 @pytest.mark.slow
