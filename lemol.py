@@ -288,6 +288,10 @@ class OpponentModel(nn.Module):
         """The learned in-episode state before the first observation: (2, n, U)."""
         return self.u0[:, None].expand(-1, n, -1)
 
+    def remember(self, obs, u):
+        """The in-episode state (2, N, U) after one more observation (N, O)."""
+        return torch.stack(torch.lstm_cell(obs, (u[0], u[1]), *self.episode.parameters()))
+
     def embed(self, blocks):
         """(N, L, X) -> (N, 2 H): the last forward and the last backward state of the BiLSTM."""
         _, (last, _) = self.block(blocks)
@@ -374,7 +378,7 @@ def rollout(env, match, args, update=None):
             x = obs[j]  # (N, O_j)
             if j == i:
                 if match.om:
-                    _, u = unroll(match.om.episode, x[:, None], u)
+                    u = match.om.remember(x, u)
                 guess = make_guess(match, u[0], action[1 - i], logits[1 - i])
                 step |= dict(z=u[0], guess=guess)
                 x = torch.cat([x, guess], 1)

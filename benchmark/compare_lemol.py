@@ -4,7 +4,7 @@ What is a model of the opponent worth? Defenders with equal memory beside each o
   python benchmark/compare_lemol.py uav                  # 25 minutes of one core; continues where it stopped
   python benchmark/compare_lemol.py simple_push maddpg ep    # some defenders; maddpg comes first
 
-The models are trained once, on four cycles as lemol.py plays them. Then each defender plays one cycle of 24
+The models are trained once, on four cycles of eight runs. Then each defender plays one cycle of 24
 runs in which both players learn. Beside his observation every defender sees the state of one in-episode LSTM,
 the ablated model's: this is his memory. What differs is what he is given beyond that:
   maddpg      nothing: a plain learner with memory
@@ -34,7 +34,9 @@ from envs.pursuit import Pursuit  # noqa: E402
 
 KINDS = {"maddpg": "maddpg", "ep": "ep", "ablated": "ablated", "policy": "policy", "stored": "ep",
          "hidden": "uninformed", "oracle": "oracle", "uninformed": "uninformed"}  # defender: --om
-RUNS, EPISODES, EVERY = 24, 628, 10  # learning runs of a cycle, their episodes, those between recorded actors
+RUNS, EVERY = 24, 10  # learning runs of a cycle, episodes between recorded actors
+SIZES = dict(num_episodes=628, batch_size=128, traj_per_iter=8, n_opp_cycles=4, chunk_length=20,
+             om_training_iters=5, num_traj_to_train=8)
 make_env = lemol.make_env
 
 
@@ -52,7 +54,7 @@ class Remember:
 
     def extended(self, obs):
         with torch.no_grad():
-            _, self.u = lemol.unroll(self.memory.episode, obs[self.i][:, None], self.u)
+            self.u = self.memory.remember(obs[self.i], self.u)
         hidden = F.one_hot(self.env.place[0], 3).flatten(1) if self.uav else F.one_hot(
             torch.as_tensor(self.env.goal[0]), 2)
         obs = [*obs]
@@ -163,7 +165,7 @@ def cell(kind, args, i, state, folder):
 def main():
     name, *kinds = sys.argv[1:]
     torch.set_num_threads(1)
-    args = lemol.Args(**lemol.preset(lemol.Args(env=name)) | dict(env=name, num_episodes=EPISODES))
+    args = lemol.Args(**lemol.preset(lemol.Args(env=name)) | dict(env=name) | SIZES)
     i = (args.bad_policy, args.good_policy).index("lemol")
     folder = run.ROOT / "runs" / f"equal-{name}"
     folder.mkdir(parents=True, exist_ok=True)
