@@ -272,13 +272,7 @@ class OpponentModel(nn.Module):
             self.block = lstm(event_dim, H, bidirectional=True)
             self.core = lstm(2 * H, H)
         self.h0 = nn.Parameter(torch.zeros(2, H))  # h_0 and c_0
-        # the head
-        sizes = (U + H, 64, 64, actions)
-        layers = [nn.Linear(n, m) for n, m in itertools.pairwise(sizes)]
-        for layer in layers:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.head = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        self.head = nn.ParameterList(xavier(1, (U + H, 64, 64, actions)))
 
     def start(self, n):
         """The learned (h_0, c_0) before any event: (2, n, H)."""
@@ -303,7 +297,8 @@ class OpponentModel(nn.Module):
 
     def guess(self, z, h):
         """The head: z (..., U) of the episode so far, h (..., H) -> log a~ (..., A)."""
-        return self.head(torch.cat([z, h], -1)).log_softmax(-1)
+        x = torch.cat([z, h], -1)
+        return mlp(self.head, x.reshape(1, -1, x.shape[-1])).log_softmax(-1).view(*x.shape[:-1], -1)
 
     def forward(self, events, obs, hc):
         """eqs. (2) and (3) over a chunk: events (M, T, X), obs (M, T, O) -> log a~ (M, T, A), next (h, c)."""
@@ -668,8 +663,8 @@ def play_segment(match, env, args):
     losses = []
 
     def update(t):
-        tau = (match.episode - args.batch_size) * args.max_episode_len + t
-        if tau % args.agent_update_freq == 0:
+        steps = (match.episode - args.batch_size) * args.max_episode_len + t  # since the exploration
+        if steps % args.agent_update_freq == 0:
             losses.append(learn(match, 0, args) | learn(match, 1, args))
 
     for _ in range(min(args.segment, args.num_episodes - match.episode)):
@@ -682,12 +677,12 @@ def play_segment(match, env, args):
 
 
 def iterate(match, env, args, run=None):
-    """The next episodes of a cycle: {tag: value} and the number of transitions, or None after Ctrl-C. A cycle
+    """The next episodes of a cycle: {tag: value}, or None after Ctrl-C, and the number of transitions. A cycle
     begins with the training of the models, new players and exploration, and ends by handing its runs over."""
     first = match.episode % args.num_episodes
     logs = play_segment(match, env, args) if first else begin_cycle(match, args, run)
     if logs is None:
-        return None
+        return None, 0
     returns = returns_of(episodes(match, first)).mean((0, 1))  # (2,)
     logs |= {f"charts/episodic_return/agent_{j}": returns[j] for j in (0, 1)}
     logs["charts/episodic_return"] = returns[match.lemol or 0]
@@ -710,12 +705,12 @@ def finish_cycle(match, args):
         runs = event_of(data, match.lemol).flatten(1, 2)  # (R, T, X + 1)
         match.pool.append(runs.cpu())
         for name, om in match.models.items():
-            entry[f"{name}_ce"], entry[f"{name}_acc"] = recount(match, om, runs)
+            entry[f"{name}_ce"], entry[f"{name}_acc"] = score_model(match, om, runs)
     match.history.append(entry)
     return {f"cycle/{name}": x for name, x in entry.items()}
 
 
-def recount(match, om, runs):
+def score_model(match, om, runs):
     """Mean cross-entropy and accuracy of a model on recorded runs (R, T, X + 1)."""
     scores = []
     for x in runs.split(1):  # one by one, for the memory's sake
@@ -861,7 +856,8 @@ def train(args):
     check(args)
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
-    env, state, iteration, step = make_env(args, args.traj_per_iter), None, 0, 0
+    env = make_env(args, args.traj_per_iter)
+    state, iteration, step = None, 0, 0
     playable(args, env)
     match = Match(args, env)
     if path := args.resume or args.evaluate:
@@ -879,10 +875,9 @@ def train(args):
     with Run(args, state) as run:
         done = stop = False
         while not stop:
-            out = iterate(match, env, args, run)
-            if out is None:  # Ctrl-C while the models trained: the end of the cycle before is saved
+            logs, steps = iterate(match, env, args, run)
+            if logs is None:  # Ctrl-C while the models trained: the end of the cycle before is saved
                 break
-            logs, steps = out
             iteration += 1
             step += steps
             done = step >= args.total_steps

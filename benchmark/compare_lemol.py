@@ -147,7 +147,7 @@ def cell(kind, args, i, state, folder):
     for model, net in match.models.items():
         runs = lemol.event_of(lemol.episodes(match, args.batch_size), i).flatten(1, 2)
         with torch.no_grad():
-            values[f"{model}_ce"] = torch.tensor([lemol.recount(match, net, x[None])[0] for x in runs])
+            values[f"{model}_ce"] = torch.tensor([lemol.score_model(match, net, x[None])[0] for x in runs])
     rows = lemol.rollout(lemol.make_env(args, RUNS * args.eval_episodes), match, args)
     values["last"] = lemol.returns_of(rows)[:, i].view(RUNS, -1).mean(1)
     # the recorded opponents again
