@@ -10,7 +10,7 @@ the ablated model's: this is his memory. What differs is what he is given beyond
   maddpg      nothing: a plain learner with memory
   uninformed  a guess that is noise
   ablated     the guess of the ablated model, a function of the same memory
-  stored, ep  LeMOL's guess; in eq. (7) as it was in play, or made anew
+  ep          LeMOL's guess
   oracle, policy, hidden    bounds: the other's action, his policy, or what he hides (uav: his place;
               simple_push: the goal)
 Then each meets the opponents again that learned against maddpg, recorded every ten episodes. Once he learns
@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lemol  # noqa: E402
 from envs.pursuit import Pursuit  # noqa: E402
 
-KINDS = {"maddpg": "maddpg", "ep": "ep", "ablated": "ablated", "policy": "policy", "stored": "ep",
-         "hidden": "uninformed", "oracle": "oracle", "uninformed": "uninformed"}  # defender: --om
+KINDS = {"maddpg": "maddpg", "ep": "ep", "ablated": "ablated", "policy": "policy",
+         "oracle": "oracle", "hidden": "uninformed", "uninformed": "uninformed"}  # defender: --om
 RUNS, EVERY = 24, 10  # learning runs of a cycle, episodes between recorded actors
 SIZES = dict(num_episodes=628, batch_size=128, traj_per_iter=8, n_opp_cycles=4, chunk_length=20,
              om_training_iters=5, num_traj_to_train=8)
@@ -129,7 +129,7 @@ def play(match, env, args, i, learners, opponents=None, actor=None):
 def cell(kind, args, i, state, folder):
     """All that is measured of one defender: {tag: (R,)}, and the returns while both learn (R, E)."""
     om = KINDS[kind]
-    args = replace(args, traj_per_iter=RUNS, stored_guesses=kind == "stored")
+    args = replace(args, traj_per_iter=RUNS)
     args = replace(args, **{("bad_policy", "good_policy")[i]: "maddpg"} if om == "maddpg" else dict(om=om))
     raw = make_env(args, 1)
     O, A = raw.obs_dims[i], raw.action_dims[1 - i]

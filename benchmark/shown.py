@@ -118,9 +118,10 @@ lemol_rows = [("simple_push", method, f"lemol-simple_push{name}", "eval/", "")
               for method, name in LEMOL.items()]
 
 EQUAL = {"maddpg": "MADDPG with memory", "uninformed": "uninformed", "ablated": "ablated",
-         "stored": "LeMOL, guesses as in play", "ep": "LeMOL", "oracle": "oracle of the action",
-         "policy": "oracle of the policy", "hidden": "oracle of the place"}
-equal_rows = [("uav", label, f"lemol-uav-equal-{kind}", "eval/", "") for kind, label in EQUAL.items()]
+         "ep": "LeMOL", "oracle": "oracle of the action", "policy": "oracle of the policy",
+         "hidden": "oracle of what is hidden"}
+equal_rows = [(env, label, f"lemol-{env}-equal-{kind}", "eval/", "")
+              for env in ("uav", "simple_push") for kind, label in EQUAL.items()]
 MET = [f"eval/{tag}" for tag in ("return", "anew", "frozen")]
 
 # ---------------------------------------------------------------- MG2L
@@ -175,9 +176,10 @@ FIGURES = {
         ("cross-entropy of the opponent model", "cycle", "nats",
          [("lemol-simple_push", [f"eval/cycle_{c}/om_ce" for c in range(1, 5)], "LeMOL"),
           ("lemol-simple_push", [f"eval/cycle_{c}/ablated_ce" for c in range(1, 5)], "ablated")], {})],
-    "lemol-uav": [
-        ("uav, equal memory, 24 runs", "both learn, met again, met again frozen", "return of the UAV",
-         [(f"lemol-uav-equal-{kind}", MET, label) for kind, label in EQUAL.items()], {})],
+    "lemol-equal": [
+        (f"{env}, equal memory, 24 runs", "both learn, met again, met again frozen", "return",
+         [(f"lemol-{env}-equal-{kind}", MET, label) for kind, label in EQUAL.items()], {})
+        for env in ("uav", "simple_push")],
     "mg2l": [
         (world, "million steps", "return in training, latents inferred",
          [(row[2], "charts/episodic_return", row[1]) for row in mg2l_rows if row[0] == world]
