@@ -42,7 +42,7 @@ LeMOL: an opponent model that learns how its opponent learns.
              python lemol.py --env simple_push --paper              # the paper's scale: hours
              python lemol.py --env simple_push --om ablated         # the paper's ablation
              python lemol.py --env simple_push --bad-policy maddpg --n-opp-cycles 1  # no opponent model
-             python lemol.py --env uav                              # the UAV models its pursuer
+             python lemol.py --env uav                              # the UAV models the target that it hunts
              python lemol.py --evaluate runs/x/checkpoint.pt --capture-video    # table, and play.gif
   Licence    MIT. Please cite the papers above for the methods.
 """
@@ -318,7 +318,7 @@ class OpponentModel(nn.Module):
 
 # ================================================================ 3. Rollout
 # N = R W envs: W = 1 while players learn, W = B in the exploration before it, where nobody learns yet. The
-# opponent acts first, because the oracles look at its action; a model does not. Rows are {name: tensor}: obs_i
+# opponent acts first, because an oracle looks at its action; a model does not. Rows are {name: tensor}: obs_i
 # and act_i of both players, reward, done, valid (0 after an early end), the guess, and the z that it was made
 # of. An episode has L + 1 rows; the last holds the final observation alone: row t + 1 always follows row t.
 def harden(x):
@@ -677,7 +677,7 @@ def play_segment(match, env, args):
 
 
 def iterate(match, env, args, run=None):
-    """The next episodes of a cycle: {tag: value}, or None after Ctrl-C, and the number of transitions. A cycle
+    """The next episodes of a cycle: {tag: value}, None after Ctrl-C, and the number of transitions. A cycle
     begins with the training of the models, new players and exploration, and ends by handing its runs over."""
     first = match.episode % args.num_episodes
     logs = play_segment(match, env, args) if first else begin_cycle(match, args, run)

@@ -146,8 +146,8 @@ TABLES = {
     "maml_rl": (STEPS, 1, maml_rows),
     "tesp": (UPDATES | {"D, last": "train/return_3", "D'', last": "test2/return_3"}, 1, tesp_rows),
     "coded_maddpg": ({"return": "return", "random policy": "random/return"}, 1, coded_rows),
-    "lemol": ({"return": "return_0", "opponent's": "return_1", "cross-entropy": "om_ce",
-               "ablated": "ablated_ce"}, 2, lemol_rows),
+    "lemol": ({"return": "return_0", "opponent's": "return_1", "cross-entropy": "cycle_3/om_ce",
+               "ablated": "cycle_3/ablated_ce"}, 2, lemol_rows),
     "lemol_equal": ({"both learn": "return", "last policies": "last", "met again, learns": "anew",
                      "met again, frozen": "frozen", "cross-entropy": "om_ce"}, 2, equal_rows),
     "mg2l": ({"prior": "return_0", "after 8 episodes": "return_8", "z^i tells the task": "accuracy_zi_8"}, 2,
@@ -174,8 +174,8 @@ FIGURES = {
          [("coded_maddpg-simple_spread", "eval/return", "MADDPG")], {})],
     "lemol-simple_push": [
         ("cross-entropy of the opponent model", "cycle", "nats",
-         [("lemol-simple_push", [f"eval/cycle_{c}/om_ce" for c in range(1, 5)], "LeMOL"),
-          ("lemol-simple_push", [f"eval/cycle_{c}/ablated_ce" for c in range(1, 5)], "ablated")], {})],
+         [("lemol-simple_push", [f"eval/cycle_{c}/om_ce" for c in range(1, 4)], "LeMOL"),
+          ("lemol-simple_push", [f"eval/cycle_{c}/ablated_ce" for c in range(1, 4)], "ablated")], {})],
     "lemol-equal": [
         (f"{env}, equal memory, 24 runs", "both learn, met again, met again frozen", "return",
          [(f"lemol-{env}-equal-{kind}", MET, label) for kind, label in EQUAL.items()], {})
