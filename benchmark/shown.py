@@ -113,6 +113,7 @@ coded_rows.append(
      "eval/", ""))
 
 # ---------------------------------------------------------------- LeMOL
+RESULTS = Path(__file__).parent / "results"
 LEMOL = {"LeMOL": "", "ablated": "-om-ablated"}
 lemol_rows = [("simple_push", method, f"lemol-simple_push{name}", "eval/", "")
               for method, name in LEMOL.items()]
@@ -121,12 +122,12 @@ EQUAL = {"maddpg": "MADDPG with memory", "uninformed": "uninformed", "ablated": 
          "ep": "LeMOL", "oracle": "oracle of the action", "policy": "oracle of the policy",
          "hidden": "oracle of what is hidden"}
 equal_rows = [(env, label, f"lemol-{env}-equal-{kind}", "eval/", "")
-              for env in ("uav", "simple_push") for kind, label in EQUAL.items()]
+              for env in ("uav", "simple_push") for kind, label in EQUAL.items()
+              if (RESULTS / f"lemol-{env}-equal-{kind}.csv").exists()]
 MET = [f"eval/{tag}" for tag in ("return", "anew", "frozen")]
 
 # ---------------------------------------------------------------- MG2L
 # A row of the present recipe appears as soon as its result is there. "mg2l-before-...": the recipe before it.
-RESULTS = Path(__file__).parent / "results"
 MG2L = {"task given": "-method-task-given", "joint": "", "own": "-local-loss-own",
         "global only": "-method-global-only", "MA-PEARL": "-method-pearl", "none": "-method-none"}
 mg2l_rows = [(world, method, f"mg2l-{world}{name}", "eval/test/", "")
@@ -178,7 +179,7 @@ FIGURES = {
           ("lemol-simple_push", [f"eval/cycle_{c}/ablated_ce" for c in range(1, 4)], "ablated")], {})],
     "lemol-equal": [
         (f"{env}, equal memory, 24 runs", "both learn, met again, met again frozen", "return",
-         [(f"lemol-{env}-equal-{kind}", MET, label) for kind, label in EQUAL.items()], {})
+         [(row[2], MET, row[1]) for row in equal_rows if row[0] == env], {})
         for env in ("uav", "simple_push")],
     "mg2l": [
         (world, "million steps", "return in training, latents inferred",
