@@ -38,7 +38,7 @@ LeMOL: an opponent model that learns how its opponent learns.
              [D7] What follows an early end (uav) is masked, and a block stays a whole episode.
              [D8] Eq. (7) reads a~ guessed anew with the present h. Released: with the h of the time of play.
              [D9] The default is small: 8 runs, B = 128, 3 cycles of 528 episodes. --paper has the paper's.
-  Run        python lemol.py --env simple_push                      # a minute; cross-entropy 1.35, ablated 1.5
+  Run        python lemol.py --env simple_push                      # 1 min; cross-entropy 1.35, ablated 1.53
              python lemol.py --env simple_push --paper              # the paper's scale: hours
              python lemol.py --env simple_push --om ablated         # the paper's ablation
              python lemol.py --env simple_push --bad-policy maddpg --n-opp-cycles 1  # no opponent model
