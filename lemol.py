@@ -24,25 +24,25 @@ LeMOL: an opponent model that learns how its opponent learns.
   Symbols    theta players' nets   phi OpponentModel   a~ guess (N, A)   x_t event [a^-i; o^i; a^i; r^i; end]
              h, c learning state (R, H)   u, z state and output of the in-episode LSTM (N, U)
              R runs, L steps of an episode, B minibatch, N = R W envs, X numbers of an event
-  Methods    --om ep (LeMOL-EP) | ablated (no h) | oracle (a~ is his true action) | policy (a~ is his true
+  Methods    --om ep (LeMOL-EP) | ablated (no h) | oracle (a~ is the true action) | policy (a~ is the true
              policy) | uninformed (a~ is noise). --bad-policy (agent 0) and --good-policy (agent 1): lemol |
              maddpg | mmmaddpg (M3DDPG).
   Departures [D1] Targets start as copies, polyak is 0.01, optimisers start anew with the players. Released:
                   targets of other random weights, polyak 0.0001, old Adam moments.
              [D2] The runs of a cycle are one batch, networks stacked: exact, because phi is frozen.
              [D3] phi is trained before a cycle, not after: nothing is trained that is never played.
-             [D4] The ablated model has no h at all: a learning state of no numbers.
-             [D5] M3DDPG differentiates the sum of Q: the mean's gradients drown in the norm's floor. Its
+             [D4] The ablated model has no h at all: H = 0.
+             [D5] M3DDPG differentiates the sum of Q. Gradients of the mean are lost in the norm's floor. Its
                   actor is a plain one, as released.
              [D6] The time limit ends an episode for the critic (d = 1), as released.
              [D7] What follows an early end (uav) is masked, and a block stays a whole episode.
              [D8] Eq. (7) reads a~ guessed anew with the present h. Released: with the h of the time of play.
-             [D9] The default is small: 8 runs, B = 128, 4 cycles of 1128 episodes. --paper has the paper's.
-  Run        python lemol.py --env simple_push                      # 4 min; cross-entropy 1.3, ablated 1.6
+             [D9] The default is small: 8 runs, B = 128, 3 cycles of 528 episodes. --paper has the paper's.
+  Run        python lemol.py --env simple_push                      # 1 min; cross-entropy 1.35, ablated 1.53
              python lemol.py --env simple_push --paper              # the paper's scale: hours
              python lemol.py --env simple_push --om ablated         # the paper's ablation
              python lemol.py --env simple_push --bad-policy maddpg --n-opp-cycles 1  # no opponent model
-             python lemol.py --env uav                              # the UAV models its pursuer
+             python lemol.py --env uav                              # the UAV models the target that it hunts
              python lemol.py --evaluate runs/x/checkpoint.pt --capture-video    # table, and play.gif
   Licence    MIT. Please cite the papers above for the methods.
 """
@@ -99,14 +99,14 @@ Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
 
 @dataclass
 class Args:
-    """Defaults: a quick simple_push, two minutes of one core [D9]. PAPER below has the paper's sizes."""
+    """Defaults: a quick simple_push, a minute of one core [D9]. PAPER below has the paper's sizes."""
 
     # --- run: the same in all six scripts
     env: str = "simple_push"  # simple_push, simple_speaker_listener, uav, or your own: make_env()
     seed: int = 1  # of torch, and with it of environments and networks
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch
-    total_steps: Count = 902_400  # training transitions of all runs; by default those of n_opp_cycles cycles
+    total_steps: Count = 316_800  # training transitions of all runs; by default those of n_opp_cycles cycles
     eval_every: within(int, 0) = 0  # iterations between evaluations; 0: only at the end
     eval_episodes: Count = 100  # episodes of each run in an evaluation
     save_every: Count = 20  # iterations between checkpoints; also at the end of a cycle and on Ctrl-C
@@ -122,8 +122,8 @@ class Args:
     om: Literal["ep", "ablated", "oracle", "policy", "uninformed"] = "ep"  # opponent model: see Methods
     discrete_actions: bool = False  # one-hot actions; off: soft ones, points of the simplex
     max_episode_len: Count = 25  # L, steps in an episode
-    num_episodes: Count = 1128  # episodes of a learning run, exploration included
-    n_opp_cycles: Count = 4  # cycles, each of fresh players; it sets total_steps
+    num_episodes: Count = 528  # episodes of a learning run, exploration included
+    n_opp_cycles: Count = 3  # cycles, each of fresh players; it sets total_steps
     traj_per_iter: Count = 8  # R, learning runs side by side in a cycle
     segment: Count = 25  # episodes in an iteration: what is logged at once; Ctrl-C waits for its end
     batch_size: Count = 128  # B, minibatch of eqs. (4)-(7), and the episodes of exploration
@@ -137,7 +137,7 @@ class Args:
     adv_eps: Size = 1e-3  # eps of eq. (5) against an opponent
     adv_eps_s: Size = 1e-5  # eps of eq. (5) against a team-mate, in an env without adversaries
     chunk_length: Count = 20  # episodes that eq. (8) is differentiated through
-    om_training_iters: Count = 5  # J, sweeps between cycles
+    om_training_iters: Count = 8  # J, sweeps between cycles
     num_traj_to_train: Count = 8  # M, runs in a sweep, drawn with replacement from all so far
     omlr: Size = 2e-3  # Adam's step size of the opponent model
     lstm_hidden_dim: Count = 64  # H, size of the learning state h; the BiLSTM has H each way
@@ -145,7 +145,7 @@ class Args:
 
 
 PAPER = dict(num_episodes=11_024, batch_size=1024, n_opp_cycles=10, traj_per_iter=3, chunk_length=64,
-             omlr=1e-3, save_every=200)
+             om_training_iters=5, omlr=1e-3, save_every=200)
 PRESETS = {"uav": dict(bad_policy="maddpg", good_policy="lemol", discrete_actions=True)}  # others: none
 
 
@@ -272,13 +272,7 @@ class OpponentModel(nn.Module):
             self.block = lstm(event_dim, H, bidirectional=True)
             self.core = lstm(2 * H, H)
         self.h0 = nn.Parameter(torch.zeros(2, H))  # h_0 and c_0
-        # the head
-        sizes = (U + H, 64, 64, actions)
-        layers = [nn.Linear(n, m) for n, m in itertools.pairwise(sizes)]
-        for layer in layers:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.head = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        self.head = nn.ParameterList(xavier(1, (U + H, 64, 64, actions)))
 
     def start(self, n):
         """The learned (h_0, c_0) before any event: (2, n, H)."""
@@ -287,6 +281,10 @@ class OpponentModel(nn.Module):
     def begin(self, n):
         """The learned in-episode state before the first observation: (2, n, U)."""
         return self.u0[:, None].expand(-1, n, -1)
+
+    def remember(self, obs, u):
+        """The in-episode state (2, N, U) after one more observation (N, O)."""
+        return torch.stack(torch.lstm_cell(obs, (u[0], u[1]), *self.episode.parameters()))
 
     def embed(self, blocks):
         """(N, L, X) -> (N, 2 H): the last forward and the last backward state of the BiLSTM."""
@@ -299,7 +297,8 @@ class OpponentModel(nn.Module):
 
     def guess(self, z, h):
         """The head: z (..., U) of the episode so far, h (..., H) -> log a~ (..., A)."""
-        return self.head(torch.cat([z, h], -1)).log_softmax(-1)
+        x = torch.cat([z, h], -1)
+        return mlp(self.head, x.reshape(1, -1, x.shape[-1])).log_softmax(-1).view(*x.shape[:-1], -1)
 
     def forward(self, events, obs, hc):
         """eqs. (2) and (3) over a chunk: events (M, T, X), obs (M, T, O) -> log a~ (M, T, A), next (h, c)."""
@@ -319,7 +318,7 @@ class OpponentModel(nn.Module):
 
 # ================================================================ 3. Rollout
 # N = R W envs: W = 1 while players learn, W = B in the exploration before it, where nobody learns yet. The
-# opponent acts first, because the oracles want to see it; a model does not. Rows are {name: tensor}: obs_i
+# opponent acts first, because an oracle looks at its action; a model does not. Rows are {name: tensor}: obs_i
 # and act_i of both players, reward, done, valid (0 after an early end), the guess, and the z that it was made
 # of. An episode has L + 1 rows; the last holds the final observation alone: row t + 1 always follows row t.
 def harden(x):
@@ -374,7 +373,7 @@ def rollout(env, match, args, update=None):
             x = obs[j]  # (N, O_j)
             if j == i:
                 if match.om:
-                    _, u = unroll(match.om.episode, x[:, None], u)
+                    u = match.om.remember(x, u)
                 guess = make_guess(match, u[0], action[1 - i], logits[1 - i])
                 step |= dict(z=u[0], guess=guess)
                 x = torch.cat([x, guess], 1)
@@ -664,8 +663,8 @@ def play_segment(match, env, args):
     losses = []
 
     def update(t):
-        tau = (match.episode - args.batch_size) * args.max_episode_len + t
-        if tau % args.agent_update_freq == 0:
+        steps = (match.episode - args.batch_size) * args.max_episode_len + t  # since the exploration
+        if steps % args.agent_update_freq == 0:
             losses.append(learn(match, 0, args) | learn(match, 1, args))
 
     for _ in range(min(args.segment, args.num_episodes - match.episode)):
@@ -678,15 +677,15 @@ def play_segment(match, env, args):
 
 
 def iterate(match, env, args, run=None):
-    """The next episodes of a cycle: {tag: value} and the number of transitions, or None after Ctrl-C. A cycle
+    """The next episodes of a cycle: {tag: value}, None after Ctrl-C, and the number of transitions. A cycle
     begins with the training of the models, new players and exploration, and ends by handing its runs over."""
     first = match.episode % args.num_episodes
     logs = play_segment(match, env, args) if first else begin_cycle(match, args, run)
     if logs is None:
-        return None
+        return None, 0
     returns = returns_of(episodes(match, first)).mean((0, 1))  # (2,)
     logs |= {f"charts/episodic_return/agent_{j}": returns[j] for j in (0, 1)}
-    logs["charts/episodic_return"] = returns[match.lemol or 0]
+    logs["charts/episodic_return"] = returns[match.lemol or 0]  # LeMOL's, if it plays
     if match.episode == args.num_episodes:
         logs |= finish_cycle(match, args)
     return logs, match.runs * (match.episode - first) * args.max_episode_len
@@ -695,7 +694,7 @@ def iterate(match, env, args, run=None):
 # ================================================================ 6. Evaluation
 # How good were the models while the opponent learned? At the end of a cycle each is asked for its guesses at
 # every step of the new runs, which it has not seen yet. And how good are the players now? They play some
-# episodes without learning, in envs and a random stream apart, so that evaluating changes nothing.
+# episodes without learning, in other envs and with other random numbers: evaluating changes nothing.
 @torch.no_grad()
 def finish_cycle(match, args):
     """Hand the runs of a cycle over to the models, and note what it brought. -> {tag: value}"""
@@ -706,12 +705,12 @@ def finish_cycle(match, args):
         runs = event_of(data, match.lemol).flatten(1, 2)  # (R, T, X + 1)
         match.pool.append(runs.cpu())
         for name, om in match.models.items():
-            entry[f"{name}_ce"], entry[f"{name}_acc"] = recount(match, om, runs)
+            entry[f"{name}_ce"], entry[f"{name}_acc"] = score_model(match, om, runs)
     match.history.append(entry)
     return {f"cycle/{name}": x for name, x in entry.items()}
 
 
-def recount(match, om, runs):
+def score_model(match, om, runs):
     """Mean cross-entropy and accuracy of a model on recorded runs (R, T, X + 1)."""
     scores = []
     for x in runs.split(1):  # one by one, for the memory's sake
@@ -724,7 +723,7 @@ def recount(match, om, runs):
 
 @torch.no_grad()
 def evaluate(match, args, env=None):
-    """{tag: value}: returns of the players as they are, and what each cycle before brought."""
+    """{tag: value}: returns of the present players, and what each cycle so far brought."""
     with torch.random.fork_rng():
         torch.manual_seed((args.seed + 10_000) % 2**64)
         rows = rollout(env or make_env(args, match.runs * args.eval_episodes), match, args)
@@ -857,7 +856,8 @@ def train(args):
     check(args)
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
-    env, state, iteration, step = make_env(args, args.traj_per_iter), None, 0, 0
+    env = make_env(args, args.traj_per_iter)
+    state, iteration, step = None, 0, 0
     playable(args, env)
     match = Match(args, env)
     if path := args.resume or args.evaluate:
@@ -875,10 +875,9 @@ def train(args):
     with Run(args, state) as run:
         done = stop = False
         while not stop:
-            out = iterate(match, env, args, run)
-            if out is None:  # Ctrl-C while the models trained: the end of the cycle before is saved
+            logs, steps = iterate(match, env, args, run)
+            if logs is None:  # Ctrl-C while the models trained: the end of the cycle before is saved
                 break
-            logs, steps = out
             iteration += 1
             step += steps
             done = step >= args.total_steps

@@ -4,13 +4,13 @@ What is a model of the opponent worth? Defenders with equal memory beside each o
   python benchmark/compare_lemol.py uav                  # 25 minutes of one core; continues where it stopped
   python benchmark/compare_lemol.py simple_push maddpg ep    # some defenders; maddpg comes first
 
-The models are trained once, on four cycles as lemol.py plays them. Then each defender plays one cycle of 24
+The models are trained once, on four cycles of eight runs. Then each defender plays one cycle of 24
 runs in which both players learn. Beside his observation every defender sees the state of one in-episode LSTM,
 the ablated model's: this is his memory. What differs is what he is given beyond that:
   maddpg      nothing: a plain learner with memory
   uninformed  a guess that is noise
   ablated     the guess of the ablated model, a function of the same memory
-  stored, ep  LeMOL's guess; in eq. (7) as it was in play, or made anew
+  ep          LeMOL's guess
   oracle, policy, hidden    bounds: the other's action, his policy, or what he hides (uav: his place;
               simple_push: the goal)
 Then each meets the opponents again that learned against maddpg, recorded every ten episodes. Once he learns
@@ -32,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lemol  # noqa: E402
 from envs.pursuit import Pursuit  # noqa: E402
 
-KINDS = {"maddpg": "maddpg", "ep": "ep", "ablated": "ablated", "policy": "policy", "stored": "ep",
-         "hidden": "uninformed", "oracle": "oracle", "uninformed": "uninformed"}  # defender: --om
-RUNS, EPISODES, EVERY = 24, 628, 10  # learning runs of a cycle, their episodes, those between recorded actors
+KINDS = {"maddpg": "maddpg", "ep": "ep", "ablated": "ablated", "policy": "policy",
+         "oracle": "oracle", "hidden": "uninformed", "uninformed": "uninformed"}  # defender: --om
+RUNS, EVERY = 24, 10  # learning runs of a cycle, episodes between recorded actors
+SIZES = dict(num_episodes=628, batch_size=128, traj_per_iter=8, n_opp_cycles=4, chunk_length=20,
+             om_training_iters=5, num_traj_to_train=8)
 make_env = lemol.make_env
 
 
@@ -52,7 +54,7 @@ class Remember:
 
     def extended(self, obs):
         with torch.no_grad():
-            _, self.u = lemol.unroll(self.memory.episode, obs[self.i][:, None], self.u)
+            self.u = self.memory.remember(obs[self.i], self.u)
         hidden = F.one_hot(self.env.place[0], 3).flatten(1) if self.uav else F.one_hot(
             torch.as_tensor(self.env.goal[0]), 2)
         obs = [*obs]
@@ -127,7 +129,7 @@ def play(match, env, args, i, learners, opponents=None, actor=None):
 def cell(kind, args, i, state, folder):
     """All that is measured of one defender: {tag: (R,)}, and the returns while both learn (R, E)."""
     om = KINDS[kind]
-    args = replace(args, traj_per_iter=RUNS, stored_guesses=kind == "stored")
+    args = replace(args, traj_per_iter=RUNS)
     args = replace(args, **{("bad_policy", "good_policy")[i]: "maddpg"} if om == "maddpg" else dict(om=om))
     raw = make_env(args, 1)
     O, A = raw.obs_dims[i], raw.action_dims[1 - i]
@@ -145,7 +147,7 @@ def cell(kind, args, i, state, folder):
     for model, net in match.models.items():
         runs = lemol.event_of(lemol.episodes(match, args.batch_size), i).flatten(1, 2)
         with torch.no_grad():
-            values[f"{model}_ce"] = torch.tensor([lemol.recount(match, net, x[None])[0] for x in runs])
+            values[f"{model}_ce"] = torch.tensor([lemol.score_model(match, net, x[None])[0] for x in runs])
     rows = lemol.rollout(lemol.make_env(args, RUNS * args.eval_episodes), match, args)
     values["last"] = lemol.returns_of(rows)[:, i].view(RUNS, -1).mean(1)
     # the recorded opponents again
@@ -163,7 +165,7 @@ def cell(kind, args, i, state, folder):
 def main():
     name, *kinds = sys.argv[1:]
     torch.set_num_threads(1)
-    args = lemol.Args(**lemol.preset(lemol.Args(env=name)) | dict(env=name, num_episodes=EPISODES))
+    args = lemol.Args(**lemol.preset(lemol.Args(env=name)) | dict(env=name) | SIZES)
     i = (args.bad_policy, args.good_policy).index("lemol")
     folder = run.ROOT / "runs" / f"equal-{name}"
     folder.mkdir(parents=True, exist_ok=True)

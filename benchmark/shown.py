@@ -124,14 +124,17 @@ coded_rows.append(
      "eval/", ""))
 
 # ---------------------------------------------------------------- LeMOL
+RESULTS = Path(__file__).parent / "results"
 LEMOL = {"LeMOL": "", "ablated": "-om-ablated"}
 lemol_rows = [("simple_push", method, f"lemol-simple_push{name}", "eval/", "")
               for method, name in LEMOL.items()]
 
 EQUAL = {"maddpg": "MADDPG with memory", "uninformed": "uninformed", "ablated": "ablated",
-         "stored": "LeMOL, guesses as in play", "ep": "LeMOL", "oracle": "oracle of the action",
-         "policy": "oracle of the policy", "hidden": "oracle of the place"}
-equal_rows = [("uav", label, f"lemol-uav-equal-{kind}", "eval/", "") for kind, label in EQUAL.items()]
+         "ep": "LeMOL", "oracle": "oracle of the action", "policy": "oracle of the policy",
+         "hidden": "oracle of what is hidden"}
+equal_rows = [(env, label, f"lemol-{env}-equal-{kind}", "eval/", "")
+              for env in ("uav", "simple_push") for kind, label in EQUAL.items()
+              if (RESULTS / f"lemol-{env}-equal-{kind}.csv").exists()]
 MET = [f"eval/{tag}" for tag in ("return", "anew", "frozen")]
 
 # ---------------------------------------------------------------- MG2L
@@ -155,8 +158,8 @@ TABLES = {
     "maml_rl": (STEPS, 1, maml_rows),
     "tesp": (UPDATES | {"D, last": "train/return_3", "D'', last": "test2/return_3"}, 1, tesp_rows),
     "coded_maddpg": ({"return": "return", "random policy": "random/return"}, 1, coded_rows),
-    "lemol": ({"return": "return_0", "opponent's": "return_1", "cross-entropy": "om_ce",
-               "ablated": "ablated_ce"}, 2, lemol_rows),
+    "lemol": ({"return": "return_0", "opponent's": "return_1", "cross-entropy": "cycle_3/om_ce",
+               "ablated": "cycle_3/ablated_ce"}, 2, lemol_rows),
     "lemol_equal": ({"both learn": "return", "last policies": "last", "met again, learns": "anew",
                      "met again, frozen": "frozen", "cross-entropy": "om_ce"}, 2, equal_rows),
     "mg2l": ({"prior": "return_0", "after 8 episodes": "return_8", "z^i tells the task": "accuracy_zi_8"}, 2,
@@ -188,11 +191,12 @@ FIGURES = {
           for M in CODED]],
     "lemol-simple_push": [
         ("cross-entropy of the opponent model", "cycle", "nats",
-         [("lemol-simple_push", [f"eval/cycle_{c}/om_ce" for c in range(1, 5)], "LeMOL"),
-          ("lemol-simple_push", [f"eval/cycle_{c}/ablated_ce" for c in range(1, 5)], "ablated")], {})],
-    "lemol-uav": [
-        ("uav, equal memory, 24 runs", "both learn, met again, met again frozen", "return of the UAV",
-         [(f"lemol-uav-equal-{kind}", MET, label) for kind, label in EQUAL.items()], {})],
+         [("lemol-simple_push", [f"eval/cycle_{c}/om_ce" for c in range(1, 4)], "LeMOL"),
+          ("lemol-simple_push", [f"eval/cycle_{c}/ablated_ce" for c in range(1, 4)], "ablated")], {})],
+    "lemol-equal": [
+        (f"{env}, equal memory, 24 runs", "both learn, met again, met again frozen", "return",
+         [(row[2], MET, row[1]) for row in equal_rows if row[0] == env], {})
+        for env in ("uav", "simple_push")],
     "mg2l": [
         (world, "million steps", "return in training, latents inferred",
          [(row[2], "charts/episodic_return", row[1]) for row in mg2l_rows if row[0] == world]

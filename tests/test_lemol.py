@@ -432,7 +432,7 @@ def test_replay_rows_are_drawn_uniformly_among_the_valid_ones():
 def test_ctrl_c_ends_the_training_of_the_models_at_the_next_chunk():
     m, env, args = match(iterations=3)
     assert m.episode == args.num_episodes
-    assert lemol.iterate(m, env, args, SimpleNamespace(interrupted=True)) is None
+    assert lemol.iterate(m, env, args, SimpleNamespace(interrupted=True)) == (None, 0)
 
 
 def test_defenders_with_equal_memory(monkeypatch):
@@ -520,7 +520,11 @@ def test_the_twin_has_the_same_opponent_model():
     m, env, args = match(iterations=3, num_traj_to_train=8, **WHOLE)
     om = twin.OpponentModel(8, 20, 5)
     weights = {k: v.clone() for k, v in m.om.state_dict().items()}
-    om.load_state_dict({k: v[:, None] if k in ("h0", "u0") else v for k, v in weights.items()})
+    heads = [name for name in om.state_dict() if "head" in name]  # weights, (out, in) there, and biases
+    theirs = {f"head.{heads.index(k)}" if k in heads else k: x.mT if k in heads[::2] else x
+              for k, x in om.state_dict().items()}  # their present weights under our names
+    for name, x in theirs.items():
+        x.copy_(weights[name].view(x.shape))
     run = m.pool[0][..., :-1]  # (1, T, X)
     hc, u = m.om.start(1), m.om.begin(1)
     with torch.no_grad():
@@ -532,7 +536,6 @@ def test_the_twin_has_the_same_opponent_model():
         assert torch.allclose(guess, m.om.guess(z[:, 0], hc[0]).exp(), atol=1e-6)
     lemol.train_models(m, args)
     twin.train_model(om, torch.optim.Adam(om.parameters(), args.omlr), [run[0]], 10, 5, rounds=1)
-    theirs = om.state_dict()
     for name, ours in m.om.state_dict().items():
-        assert torch.allclose(ours, theirs[name].view_as(ours), atol=1e-5), name
+        assert torch.allclose(ours, theirs[name].reshape(ours.shape), atol=1e-5), name
         assert not torch.equal(ours, weights[name]), name
