@@ -851,8 +851,8 @@ class Run:
             signal.signal(number, handler)
         with contextlib.suppress(OSError):
             self.board.close(), self.csv.close()
-        if isinstance(error, OSError):
-            fail(f"cannot write to {self.dir}, whose last checkpoint.pt is good: {error}", code=1)
+        if isinstance(error, (OSError, KeyboardInterrupt)):
+            fail(f"{kind.__name__} {error}; the last checkpoint.pt in {self.dir} is good", code=1)
 
 
 # ================================================================ 8. Train
