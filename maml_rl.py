@@ -147,8 +147,7 @@ class Args:
 
 ROBOT = dict(total_steps=80_000_000, eval_every=50, eval_episodes=20, horizon=200, action_scale=0.1,
              activation="tanh", delta=0.01, fisher_every=5)  # [D6]
-PRESETS = {"nav2d": {}} | dict.fromkeys(
-    ("half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel", "ant_goal"), ROBOT)
+PRESETS = dict.fromkeys(("half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel", "ant_goal"), ROBOT)
 
 
 def preset(args):
@@ -566,8 +565,9 @@ def meta_update(env, net, x, optimizer, args):
     chain = adapt(net, x.expand(len(tasks), -1), play, K, args, not args.first_order)
     returns = gather(torch.cat([batch.ret for batch in chain.batches], 1)).mean(0).flatten()  # (K + 1,)
 
-    # outer step; E-MAML's weights are in the units of V's normalised advantages [D5]
-    scores = ((chain.batches[-1].ret - returns[-1]) / chain.batches[-1].scale).flatten()  # (M,)
+    # outer step; E-MAML's scores are in units of V's advantages: of all tasks, a single one's may be 0 [D5]
+    V = chain.batches[-1]
+    scores = ((V.ret - returns[-1]) / gather(V.scale).mean()).flatten()  # (M,)
     if args.outer == "trpo":
         return trpo_update(net, chain, x, scores, args), returns
     return ppo_update(net, chain, x, scores, optimizer, args), returns
@@ -609,7 +609,7 @@ def statistics(name, tasks, batches):
 
 def interval(x):
     """The mean over dimension 0 and half the width of its 95 % interval."""
-    return x.mean(0), 1.96 * x.std(0) / math.sqrt(len(x))
+    return x.mean(0), 1.96 * x.std(0) / len(x) ** 0.5
 
 
 def summary(results):
@@ -639,8 +639,11 @@ def report(args, net, start, results, folder, step):
 
 def film(args, net, x, folder):
     """play.gif: one held-out task before and after an inner step."""
-    camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
-    evaluate(args, net, x, camera)
+    try:
+        camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
+        evaluate(args, net, x, camera)
+    except ValueError as error:
+        fail(error)
     print(camera.save(folder / "play.gif", {"before": 0, "after one inner step": 1}))
 
 
@@ -780,7 +783,7 @@ def train(args):
             logs["charts/episodic_return"] = returns[-1]  # of the adapted policies
             done = step >= args.total_steps
             milestone = done or args.eval_every and iteration % args.eval_every == 0
-            stop = done or bool(gather(torch.tensor([run.interrupted])).any())
+            stop = done or gather(torch.tensor([run.interrupted])).any()
             if milestone:
                 results = statistics("eval", *evaluate(args, net, x))
                 logs |= summary(results)

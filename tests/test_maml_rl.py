@@ -136,6 +136,18 @@ def test_e_maml_is_the_derivative_of_the_expected_return(E, alpha, fitted, truth
         assert abs(gradient("ratio", True) - truth) > 0.2  # the path counted twice
 
 
+def test_e_maml_is_not_ruled_by_a_task_whose_episodes_are_all_alike(monkeypatch):
+    args = small(e_maml=True, inner_grad="loglik")
+    env = m.make_env(args, 12)
+    net, x, optimizer = m.build(args, env)
+    net.unflatten(x.chunk(2)[0])["b2"][:] = 10.0  # all actions are clipped: the first goal is one step away
+    env.sample_tasks = lambda n: torch.tensor([[0.1, 0.1], [0.4, -0.3], [-0.2, 0.5]])
+    monkeypatch.setattr(m, "trpo_update", lambda net, chain, x, scores, args: (chain, scores))
+    (chain, scores), _ = m.meta_update(env, net, x, optimizer, args)
+    assert chain.batches[-1].scale[0] < 1e-3 < chain.batches[-1].scale[1:].min()
+    assert scores.abs().max() < 1000 and scores.sum().abs() < 1e-3
+
+
 # ---------------------------------------------------------------- derivatives through learning, on nav2d
 VARIANTS = {
     "maml": {},
