@@ -593,6 +593,12 @@ def evaluate(args, net, x, env=None):
         return tasks, adapt(net, x.expand(n, -1), play, args.eval_steps, args).batches
 
 
+def evaluate_all(args, net, x, start):
+    """statistics() of what was learned, and of the control: the run's own random start (2P,)."""
+    control = statistics("eval/random", *evaluate(args, net, start))
+    return statistics("eval", *evaluate(args, net, x)) | control
+
+
 def statistics(name, tasks, batches):
     """{name: (mean return, half its 95 % interval over different tasks)}, both (steps + 1,). Where tasks
     repeat, as two directions do, each has a row of its own and counts the same in the mean."""
@@ -630,20 +636,16 @@ def table(results, args):
     return "\n".join(lines)
 
 
-def report(args, net, start, results, folder, step):
-    """Add the control, the run's own random start (2P,); print the table and write eval.json."""
-    results |= statistics("eval/random", *evaluate(args, net, start))
+def report(args, results, folder, step):
+    """Print the table of an evaluation and write eval.json."""
     print(table(results, args))
     write_eval(folder, summary(results) | {"global_step": step, "seed": args.seed})
 
 
 def film(args, net, x, folder):
     """play.gif: one held-out task before and after an inner step."""
-    try:
-        camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
-        evaluate(args, net, x, camera)
-    except ValueError as error:
-        fail(error)
+    camera = envs.Camera(make_env(args, args.eval_tasks * args.eval_episodes))
+    evaluate(args, net, x, camera)
     print(camera.save(folder / "play.gif", {"before": 0, "after one inner step": 1}))
 
 
@@ -766,8 +768,7 @@ def train(args):
         optimizer.load_state_dict(state["optimizer"])
         iteration, step = state["iteration"], state["step"]
     if args.evaluate:
-        results = statistics("eval", *evaluate(args, net, x))
-        report(args, net, start, results, state["folder"], step)
+        report(args, evaluate_all(args, net, x, start), state["folder"], step)
         return film(args, net, x, state["folder"]) if args.capture_video else None
     if RANK:  # computes what the first process does, and keeps nothing
         sys.stdout, args = open(os.devnull, "w"), replace(args, run_dir=tempfile.mkdtemp())
@@ -785,14 +786,14 @@ def train(args):
             milestone = done or args.eval_every and iteration % args.eval_every == 0
             stop = done or gather(torch.tensor([run.interrupted])).any()
             if milestone:
-                results = statistics("eval", *evaluate(args, net, x))
+                results = evaluate_all(args, net, x, start)
                 logs |= summary(results)
             text = f"iteration {iteration}: return {returns[0]:.1f} -> {returns[-1]:.1f}"
             run.log(logs, step, text, milestone)
             if stop or iteration % args.save_every == 0:
                 run.save(step, x=x, optimizer=optimizer.state_dict(), iteration=iteration)
         if done:
-            report(args, net, start, results, run.dir, step)
+            report(args, results, run.dir, step)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

@@ -74,8 +74,8 @@ NAV = {"MAML": "", "FOMAML": "-first-order", "E-MAML": "-e-maml", "Meta-SGD": "-
        "pretrained": "-method-pretrained"}
 AUTHORS = "maml_rl-nav2d-action-scale-0.1-inner-lr-0.5-hidden-100-activation-relu"
 BEFORE_RELU = "E-MAML", "ProMP", "pretrained"  # not run anew since the default has changed
-maml_rows = [("nav2d" + ", recipe before" * (method in BEFORE_RELU), method, f"maml_rl-nav2d{name}", "eval/", "")
-             for method, name in NAV.items()]
+maml_rows = [("nav2d" + ", recipe before" * (method in BEFORE_RELU), method, f"maml_rl-nav2d{name}",
+              "eval/", "") for method, name in NAV.items()]
 maml_rows += [
     ("nav2d, the authors' actions, recipe before", "MAML", AUTHORS, "eval/", "-40 / -12 / -3 / -3"),
     ("half_cheetah_dir", "MAML", "maml_rl-half_cheetah_dir", "eval/", "-51 / 293 / 314 / 316"),
