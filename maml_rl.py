@@ -25,17 +25,17 @@ MAML for reinforcement learning: initial weights from which one gradient step on
   Symbols    phi_k  (M, P), one row per task     alpha  step sizes, shaped as theta     g_k  (M, P)
              D_k, V  batches (M, H, E)           z  latent (d,), input to pi
              M tasks, K inner steps, E episodes, H steps, A actions, P numbers in a policy.
-  Departures [D1] (8) is exact, but on every fifth episode only (--fisher-every). The authors take finite
-                  differences of the KL's gradient, on all of them.
-             [D2] --inner-grad ratio is the default. The MAML paper's loglik has the right first derivative
-                  and a wrong second one; ratio lacks the terms across time only, dice none, but is noisy.
+  Departures [D1] (8) is exact, but on every tenth episode only, with robots every fifth (--fisher-every).
+                  The authors take finite differences of the KL's gradient, on all episodes.
+             [D2] --inner-grad ratio is the default. The MAML paper's loglik has a wrong second derivative;
+                  that of ratio lacks the terms across time; that of dice is complete, but noisy.
              [D3] All steps of a task weigh the same; steps after an early end weigh nothing.
              [D4] MAESN's latent is a variable with one start z_0 for all tasks.
              [D5] E-MAML weighs the score of D by the return after adaptation, centred over the tasks.
-             [D6] nav2d: an action is a displacement, tanh 64-64, alpha 0.1; second command: the authors' way.
-                  Robots: an action of 1 is a tenth of full torque, 0.05 s a step.
-  Run        python maml_rl.py --env nav2d          # 2 min: -39, -14, -11, -10 after 0 .. 3 inner steps
-             python maml_rl.py --env nav2d --action-scale 0.1 --inner-lr 0.5 --hidden 100 --activation relu
+             [D6] nav2d: an action is a displacement, relu 64-64, alpha 0.1, delta 0.02, 36 iterations; the
+                  second command is the authors' way. Robots: tanh, an action of 1 is a tenth of full torque.
+  Run        python maml_rl.py --env nav2d    # 35 s on a quiet core: -39, -14, -11, -10 after 0 .. 3 steps
+             python maml_rl.py --env nav2d --action-scale 0.1 --inner-lr 0.5 --hidden 100 --delta 0.01
              python maml_rl.py --env nav2d --method meta-sgd        # or maesn, or pretrained: the control
              python maml_rl.py --env nav2d --first-order            # FOMAML; --e-maml: E-MAML
              python maml_rl.py --env half_cheetah_dir               # 500 iterations, about two hours
@@ -104,8 +104,8 @@ class Args:
     seed: int = 1  # of torch, and with it of environments and networks
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch, and of MuJoCo
-    total_steps: Count = 4_800_000  # training transitions of all environments, those of inner loops included
-    eval_every: within(int, 0) = 20  # iterations between evaluations; 0: only at the end
+    total_steps: Count = 2_880_000  # training transitions of all environments, those of inner loops included
+    eval_every: within(int, 0) = 0  # iterations between evaluations; 0: only at the end
     eval_episodes: Count = 40  # episodes of each task in an evaluation
     save_every: Count = 5  # iterations between checkpoints; one is also written at the end and on Ctrl-C
     run_dir: Optional[str] = None  # default: runs/<env>__<script>__<seed>__<time>
@@ -129,11 +129,11 @@ class Args:
     gae_lambda: Share = 1.0  # lambda of eq. (2)
     inner_lr: Size = 0.1  # alpha of eq. (4), or its initial value where it is learned
     hidden: Count = 64  # units in each of the policy's two hidden layers
-    activation: Literal["tanh", "relu"] = "tanh"  # of the hidden layers; the MAML paper: relu, --hidden 100
+    activation: Literal["tanh", "relu"] = "relu"  # of the hidden layers
     latent_dim: Count = 8  # d, numbers in MAESN's latent z
     latent_coef: Size = 0.01  # weight of mean z^2 of the adapted latent, eq. (12)
-    delta: Size = 0.01  # bound on the mean KL (nats) of an outer step, eq. (7)
-    fisher_every: Count = 5  # every so many-th episode enters the Fisher products of eq. (8); 1: all [D1]
+    delta: Size = 0.02  # bound on the mean KL (nats) of an outer step, eq. (7)
+    fisher_every: Count = 10  # every so many-th episode enters the Fisher products of eq. (8); 1: all [D1]
     cg_iters: Count = 10  # conjugate-gradient iterations, eq. (9)
     damping: Size = 1e-5  # added to the diagonal of F, eq. (9)
     epochs: Count = 5  # passes over the batches, eq. (11)
@@ -145,9 +145,9 @@ class Args:
     eval_later_lr: Size = 0.5  # factor on alpha in evaluation, in inner steps beyond those of training
 
 
-ROBOT = dict(total_steps=80_000_000, eval_every=50, eval_episodes=20, horizon=200, action_scale=0.1)  # [D6]
-PRESETS = {"nav2d": {}} | dict.fromkeys(
-    ("half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel", "ant_goal"), ROBOT)
+ROBOT = dict(total_steps=80_000_000, eval_every=50, eval_episodes=20, horizon=200, action_scale=0.1,
+             activation="tanh", delta=0.01, fisher_every=5)  # [D6]
+PRESETS = dict.fromkeys(("half_cheetah_dir", "half_cheetah_vel", "ant_dir", "ant_vel", "ant_goal"), ROBOT)
 
 
 def preset(args):
@@ -262,8 +262,8 @@ def build(args, env):
 # recorded while playing: what is differentiated is computed anew from (obs, action), in one piece.
 @torch.no_grad()
 def rollout(env, net, phi, tasks, noise, args):
-    """Play policies phi (M, P) on tasks (M, D), with noise (H, M, E, A) in the actions -> obs (M, H, E, O),
-    action (M, H, E, A), reward (M, H, E) and mask (M, H, E), 1 up to and with an episode's last step."""
+    """Play policies phi (M, P) on tasks (M, D), with noise (H, M, E, A) in the actions -> obs (M, H, E, O);
+    action, mean, log_std (M, H, E, A); reward (M, H, E); mask (M, H, E), 1 until an episode has ended."""
     H, M, E, _ = noise.shape
     noise = noise.to(phi)
     steps = []
@@ -274,7 +274,7 @@ def rollout(env, net, phi, tasks, noise, args):
         mean, log_std = net(phi, x)
         action = mean + log_std.exp() * noise[t]  # (M, E, A)
         obs, reward, terminated, *_ = env.step(args.action_scale * action.flatten(0, 1).float())
-        steps.append((x, action, reward.view(M, E) * alive, alive))
+        steps.append((x, action, mean, log_std, reward.view(M, E) * alive, alive))
         alive = alive * ~terminated.view(M, E)
     return [torch.stack(x, 1) for x in zip(*steps)]
 
@@ -396,14 +396,15 @@ def distribution(net, phi, obs, action):
 
 
 @torch.no_grad()
-def process(net, phi, play, args):
+def process(play, args):
     """A rollout -> Batch: eqs. (1) and (2), and the policy that acted."""
-    obs, action, reward, mask = play
+    obs, action, mean, log_std, reward, mask = play
     weight = mask / mask.sum((1, 2), keepdim=True)  # [D3]
     value = linear_baseline(obs, returns_to_go(reward, args.gamma), mask)
     adv, scale = normalize(gae(reward, value, mask, args.gamma, args.gae_lambda), weight)
     ret = reward.sum(1, keepdim=True).mean(2, keepdim=True)
-    return Batch(obs, action, ret, weight, adv, scale, *distribution(net, phi, obs, action))
+    logprob = Normal(mean, log_std.exp(), False).log_prob(action).sum(-1)
+    return Batch(obs, action, ret, weight, adv, scale, mean, log_std, logprob)
 
 
 def adapt(net, x, source, num_steps, args, second_order=False):
@@ -557,15 +558,16 @@ def meta_update(env, net, x, optimizer, args):
     def play(phi):
         noise = torch.randn(env.horizon, args.num_tasks, args.num_episodes, env.action_dims[0])
         mine = noise.chunk(WORLD, 1)[RANK]  # (H, M, E, A)
-        return process(net, phi, rollout(env, net, phi, tasks, mine, args), args)
+        return process(rollout(env, net, phi, tasks, mine, args), args)
 
     # inner steps; the control takes none
     K = args.inner_steps * (args.method != "pretrained")
     chain = adapt(net, x.expand(len(tasks), -1), play, K, args, not args.first_order)
     returns = gather(torch.cat([batch.ret for batch in chain.batches], 1)).mean(0).flatten()  # (K + 1,)
 
-    # outer step; E-MAML's weights are in the units of V's normalised advantages [D5]
-    scores = ((chain.batches[-1].ret - returns[-1]) / chain.batches[-1].scale).flatten()  # (M,)
+    # outer step; E-MAML's scores are in units of V's advantages: of all tasks, a single one's may be 0 [D5]
+    V = chain.batches[-1]
+    scores = ((V.ret - returns[-1]) / gather(V.scale).mean()).flatten()  # (M,)
     if args.outer == "trpo":
         return trpo_update(net, chain, x, scores, args), returns
     return ppo_update(net, chain, x, scores, optimizer, args), returns
@@ -586,16 +588,13 @@ def evaluate(args, net, x, env=None):
 
         def play(phi):
             noise = torch.randn(env.horizon, n, E, env.action_dims[0])
-            return process(net, phi, rollout(env, net, phi, tasks, noise, args), args)
+            return process(rollout(env, net, phi, tasks, noise, args), args)
 
         return tasks, adapt(net, x.expand(n, -1), play, args.eval_steps, args).batches
 
 
-def evaluate_all(args, net, x):
-    """statistics() of what was learned, and of the control: the run's own random start."""
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed % 2**64)
-        start = build(args, make_env(args, 1))[1]
+def evaluate_all(args, net, x, start):
+    """statistics() of what was learned, and of the control: the run's own random start (2P,)."""
     control = statistics("eval/random", *evaluate(args, net, start))
     return statistics("eval", *evaluate(args, net, x)) | control
 
@@ -616,7 +615,7 @@ def statistics(name, tasks, batches):
 
 def interval(x):
     """The mean over dimension 0 and half the width of its 95 % interval."""
-    return x.mean(0), 1.96 * x.std(0) / math.sqrt(len(x))
+    return x.mean(0), 1.96 * x.std(0) / len(x) ** 0.5
 
 
 def summary(results):
@@ -635,6 +634,12 @@ def table(results, args):
     for name, row in results.items():
         lines.append(f"{name:20s}" + "".join(f"{mean:>8.1f} ± {half:<5.1f}" for mean, half in zip(*row)))
     return "\n".join(lines)
+
+
+def report(args, results, folder, step):
+    """Print the table of an evaluation and write eval.json."""
+    print(table(results, args))
+    write_eval(folder, summary(results) | {"global_step": step, "seed": args.seed})
 
 
 def film(args, net, x, folder):
@@ -746,12 +751,6 @@ class Run:
 
 
 # ================================================================ 8. Train
-def report(args, results, folder, step):
-    """Print the table of an evaluation and write eval.json."""
-    print(table(results, args))
-    write_eval(folder, summary(results) | {"global_step": step, "seed": args.seed})
-
-
 def train(args):
     check(args)
     torch.manual_seed(args.seed % 2**64)
@@ -761,6 +760,7 @@ def train(args):
     env = make_env(args, args.num_tasks // WORLD * args.num_episodes, (RANK, WORLD))
     playable(env)
     net, x, optimizer = build(args, env)
+    start = x.clone()  # random, but the same whenever this run is resumed or evaluated
     state, iteration, step = None, 0, 0  # or those of an earlier run
     if path := args.resume or args.evaluate:
         state = load(path)
@@ -768,7 +768,7 @@ def train(args):
         optimizer.load_state_dict(state["optimizer"])
         iteration, step = state["iteration"], state["step"]
     if args.evaluate:
-        report(args, evaluate_all(args, net, x), state["folder"], step)
+        report(args, evaluate_all(args, net, x, start), state["folder"], step)
         return film(args, net, x, state["folder"]) if args.capture_video else None
     if RANK:  # computes what the first process does, and keeps nothing
         sys.stdout, args = open(os.devnull, "w"), replace(args, run_dir=tempfile.mkdtemp())
@@ -784,9 +784,9 @@ def train(args):
             logs["charts/episodic_return"] = returns[-1]  # of the adapted policies
             done = step >= args.total_steps
             milestone = done or args.eval_every and iteration % args.eval_every == 0
-            stop = done or bool(gather(torch.tensor([run.interrupted])).any())
+            stop = done or gather(torch.tensor([run.interrupted])).any()
             if milestone:
-                results = evaluate_all(args, net, x)
+                results = evaluate_all(args, net, x, start)
                 logs |= summary(results)
             text = f"iteration {iteration}: return {returns[0]:.1f} -> {returns[-1]:.1f}"
             run.log(logs, step, text, milestone)

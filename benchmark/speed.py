@@ -65,7 +65,7 @@ def meta_mapg(**sizes):
 def maml_rl(**sizes):
     import maml_rl as m
 
-    args = m.Args(env="nav2d", fisher_every=1, **sizes)
+    args = m.Args(env="nav2d", fisher_every=1, delta=0.01, activation="tanh", **sizes)  # as the oracle
     env = m.make_env(args, args.num_tasks * args.num_episodes)
     net, x, optimizer = m.build(args, env)
     yield "ours", 1, lambda: m.meta_update(env, net, x, optimizer, args)

@@ -72,5 +72,5 @@ def test_mg2l_tells_hidden_targets_from_what_one_agent_saw(tmp_path):
 def test_maml_finds_a_goal_in_one_step(tmp_path):
     result = final(maml_rl, tmp_path, env="nav2d", total_steps=1_600_000)  # 20 iterations
     before, after = result["eval/return_0"], result["eval/return_1"]
-    assert after > -22 and after > before + 10  # measured: -39 and -14 after 60 iterations
+    assert after > -22 and after > before + 10  # measured: -39 and -14 after 36 iterations
     assert result["eval/random/return_1"] < -50

@@ -27,7 +27,7 @@ def seed():
 def small(**kw):
     """Args of a small problem on nav2d: 3 tasks, 4 episodes of 20 steps, a net of 8-8."""
     sizes = dict(num_tasks=3, num_episodes=4, horizon=20, hidden=8, eval_tasks=3, eval_episodes=4)
-    return m.Args(**sizes | dict(fisher_every=1) | kw)
+    return m.Args(**sizes | dict(fisher_every=1, delta=0.01, activation="tanh") | kw)
 
 
 def problem(dtype=torch.float64, second_order=True, **kw):
@@ -39,7 +39,7 @@ def problem(dtype=torch.float64, second_order=True, **kw):
 
     def play(phi):
         noise = torch.randn(args.horizon, args.num_tasks, args.num_episodes, 2)
-        return m.process(net, phi, m.rollout(env, net, phi, tasks, noise, args), args)
+        return m.process(m.rollout(env, net, phi, tasks, noise, args), args)
 
     return args, net, x, m.adapt(net, x.expand(len(tasks), -1), play, args.inner_steps, args, second_order)
 
@@ -134,6 +134,18 @@ def test_e_maml_is_the_derivative_of_the_expected_return(E, alpha, fitted, truth
     if E == 5:
         assert abs(gradient("loglik", False) - truth) > 0.07  # without E-MAML's term
         assert abs(gradient("ratio", True) - truth) > 0.2  # the path counted twice
+
+
+def test_e_maml_is_not_ruled_by_a_task_whose_episodes_are_all_alike(monkeypatch):
+    args = small(e_maml=True, inner_grad="loglik")
+    env = m.make_env(args, 12)
+    net, x, optimizer = m.build(args, env)
+    net.unflatten(x.chunk(2)[0])["b2"][:] = 10.0  # all actions are clipped: the first goal is one step away
+    env.sample_tasks = lambda n: torch.tensor([[0.1, 0.1], [0.4, -0.3], [-0.2, 0.5]])
+    monkeypatch.setattr(m, "trpo_update", lambda net, chain, x, scores, args: (chain, scores))
+    (chain, scores), _ = m.meta_update(env, net, x, optimizer, args)
+    assert chain.batches[-1].scale[0] < 1e-3 < chain.batches[-1].scale[1:].min()
+    assert scores.abs().max() < 1000 and scores.sum().abs() < 1e-3
 
 
 # ---------------------------------------------------------------- derivatives through learning, on nav2d
@@ -328,10 +340,10 @@ def test_9_steps_after_the_end_change_nothing():
     none = torch.zeros(3, 8, 4, **F64)
     padded = more(D.obs), more(D.action), *(torch.cat([y, none], 1) for y in (reward, mask))
     obs, action = (torch.where(mask[..., None] > 0, y, 7) for y in (D.obs, D.action))
-    junk = obs, action, reward, mask
-    a = m.process(net, phi.detach(), (D.obs, D.action, reward, mask), args)
-    for other in (padded, junk):
-        b = m.process(net, phi.detach(), other, args)
+    played = lambda obs, action, *rest: (obs, action, *net(phi.detach(), obs), *rest)
+    a = m.process(played(D.obs, D.action, reward, mask), args)
+    for other in (padded, (obs, action, reward, mask)):
+        b = m.process(played(*other), args)
         assert torch.allclose(a.adv * mask, b.adv[:, :12] * mask, atol=1e-9)
         assert torch.allclose(a.scale, b.scale)
         assert (b.adv[b.weight == 0] == 0).all()
