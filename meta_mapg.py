@@ -437,8 +437,7 @@ def exact_value(x, y, reward_table, gamma, horizon):
 
 
 # ================================================================ 5. Update
-# create_graph keeps every inner update differentiable: one backward pass walks the whole chain. Each chain
-# has its own copies of phi_0 and eta, so that gradients come out chain by chain, as eq. (6) needs them.
+# create_graph keeps every update differentiable. Each chain has its own copies of phi_0 and eta, for eq. (6).
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 GROWTH = ((0.0, 1), (0.2, 3), (0.45, math.inf))  # (from this share of all steps on, updates) [D4]
@@ -883,12 +882,13 @@ def train(args):
             done = step >= args.total_steps
             milestone = done or args.eval_every and iteration % args.eval_every == 0
             stop = done or bool(gather(torch.tensor([run.interrupted])).any())  # of any process
+            text = f"reward {reward[0, 0]:+.3f} -> {reward[-1, 0]:+.3f}"
             if milestone:
                 logs |= evaluate(args, params, "val")
+                text += f", sum of validation {logs['eval/sum_after_phi_0']:+.2f}"
                 if logs["eval/sum_after_phi_0"] > best_score:
                     best, best_score = copies(params, args.device), logs["eval/sum_after_phi_0"]
-            text = f"reward {reward[0, 0]:+.3f} -> {reward[-1, 0]:+.3f}"
-            run.log(logs, step, f"{text}, best validation sum {best_score:+.2f}", milestone)
+            run.log(logs, step, text, milestone)
             if stop or iteration % args.save_every == 0:
                 run.save(step, params=params, moments=moments, best=best, best_score=best_score,
                          iteration=iteration)
