@@ -108,7 +108,7 @@ class Args:
     seed: int = 1  # of torch, and with it of environments and networks
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: Count = int(os.environ.get("OMP_NUM_THREADS", 1))  # of torch, and of MuJoCo
-    total_steps: Count = 1_280_000  # training transitions of all rows; step sizes fall to 0 at 95 % of them
+    total_steps: Count = 6_080_000  # training transitions of all rows; step sizes fall to 0 at 95 % of them
     eval_every: within(int, 0) = 100  # iterations between evaluations; 0: only at the end
     eval_episodes: within(int, 2) = 64  # trials of each task in an evaluation
     save_every: Count = 25  # iterations between checkpoints; one is also written at the end and on Ctrl-C
@@ -122,16 +122,19 @@ class Args:
     local_loss: Literal["joint", "own", "kl"] = "joint"  # eq. (11)
     pool: Literal["pia", "mean"] = "pia"  # weights of eq. (3): attention, or all alike
     num_envs: Count = 48  # M, rows of an iteration with inferred latents
-    context_envs: Count = 16  # rows beside them that the prior plays, to fill the rings
+    prior_envs: Count = 16  # rows beside them that the prior plays; PPO trains on these 64 [D4]
+    context_envs: Count = 240  # further rows of the prior, which only fill the rings
     horizon: Count = 100  # T, steps of an episode
     context_size: Count = 50  # B, transitions in a context
+    query_size: Count = 8  # the same for queries and keys
+    queries: Count = 288  # contexts in a step on eq. (12)
     ring_size: Count = 500  # episodes that the ring of a task holds, eq. (1)
     keys: Count = 8  # contexts of each task whose mean is the key in eqs. (10), (11)
     hidden: Count = 64  # units in both hidden layers of actors and critics
     latent_dim: Count = 16  # C, numbers in z and in z^i
     warm_up: within(int, 0) = 15  # first iterations, in which the prior plays all rows
-    encoder_updates: within(int, 0) = 15  # U, steps on eq. (12); 0: the encoder learns from critics alone
-    encoder_lr: Size = 2e-3  # step size of AdamW, eqs. (9) and (12)
+    encoder_updates: within(int, 0) = 10  # U, steps on eq. (12); 0: the encoder learns from critics alone
+    encoder_lr: Size = 4e-3  # step size of AdamW, eqs. (9) and (12)
     kl_coef: Size = 0.003  # alpha, weight of the KL terms in eq. (12)
     ppo_epochs: Count = 4  # passes over an iteration's episodes, eq. (9)
     minibatches: Count = 4  # parts, by episodes, of a pass
@@ -145,7 +148,7 @@ class Args:
     eval_shots: Count = 8  # the most episodes of the prior that an agent infers from, eq. (13)
 
 
-ROBOTS = dict(num_envs=16, context_envs=16, horizon=200, hidden=256, lr=5e-4, ring_size=100,
+ROBOTS = dict(num_envs=16, prior_envs=8, context_envs=8, horizon=200, hidden=256, lr=5e-4, ring_size=100,
               action_sd=1.0, eval_episodes=16)
 PRESETS = {  # what differs from the defaults
     "spread": {},
@@ -277,7 +280,7 @@ def make_sigma(C):
 def make_encoder(n, features, C, method):
     outputs = 2 * C if method == "pearl" else UNITS
     parts = {
-        "transition": make_mlp(1, [features, UNITS, UNITS, outputs]),  # E
+        "transition": make_mlp(1, [features, UNITS, UNITS, UNITS, outputs]),  # E
         "pool": make_pool(UNITS),
         "agents": make_pool(C),
         "local": make_mlp(n, [UNITS, UNITS, C]),
@@ -433,13 +436,16 @@ class Ring:
         """eq. (1): contexts (n, R, B, F), normalised, drawn with replacement: each transition of a ring is as
         likely as any other, and all agents' are of the same times. few: of 1, 2, 4 .. or 32 episodes [D3]."""
         length = self.length[tasks]  # (R, size)
-        if few:
-            rank = (torch.rand(length.shape) + (length == 0)).argsort(1).argsort(1)
-            length = length * (rank < 2 ** torch.randint(6, (len(tasks), 1)))
+        if few:  # 32 episodes at random, of which the first 1, 2, 4 .. or 32 count
+            filled = (length > 0).sum(1, keepdim=True)
+            chosen = (torch.rand(len(tasks), 32) * filled).long()
+            length = length.gather(1, chosen) * (torch.arange(32) < 2 ** torch.randint(6, (len(tasks), 1)))
         end = length.cumsum(1).double()  # episodes in a row
         u = torch.rand(len(tasks), B, dtype=torch.double) * end[:, -1:]  # which transition of all
         episode = torch.searchsorted(end, u, right=True)  # (R, B)
         time = (u - (end - length).gather(1, episode)).long()
+        if few:
+            episode = chosen.gather(1, episode)
         size, horizon = self.data.shape[2:4]
         index = ((tasks[:, None] * size + episode) * horizon + time).flatten()
         x = self.data.flatten(1, 3).index_select(1, index.to(self.data.device))  # (n, R B, F)
@@ -613,7 +619,7 @@ def encoder_losses(p, ring, tasks, args):
     """eq. (12): queries of tasks (M,), `keys` contexts of each of the K tasks. The loss, and {tag: value}."""
     M, K = len(tasks), len(ring.length)
     every = torch.cat([tasks, torch.arange(K).repeat(args.keys)])
-    q = encode(p, ring.sample(every, args.context_size, few=True), args)
+    q = encode(p, ring.sample(every, args.query_size, few=True), args)
     z, zi = (d.rsample() for d in q)  # (1, M + J K, C), (n, M + J K, C)
     z_key, zi_key = (x[:, M:].unflatten(1, (args.keys, K)).mean(1) for x in (z, zi))  # means [D3]; (., K, C)
     tasks = tasks.to(z.device)
@@ -652,7 +658,9 @@ def iterate(env, learner, tasks, iteration, args):
         zi, z, _ = latents(learner.params["encoder"], rows, context, noise, args)
     # play, and learn to act
     play = rollout(env, learner.params["actor"], rows, zi)
-    logs = ppo_update(learner, play, rows, zi, z, context, noise, args)
+    L = args.num_envs + args.prior_envs
+    trained = Play(*(x[:, :, :L] for x in play[:4]), play.alive[:, :L], play.ended[:, :L])
+    logs = ppo_update(learner, trained, rows[:L], zi[:, :L], z[:, :L], context, [x[:, :L] for x in noise], args)
     # the prior's episodes go to the rings
     if infers:
         x = transitions(play, env)[:, :, M:]  # (n, T, R - M, F)
@@ -662,7 +670,7 @@ def iterate(env, learner, tasks, iteration, args):
     # learn to infer
     if infers and args.method != "pearl" and filled:
         for _ in range(args.encoder_updates):
-            loss, tags = encoder_losses(learner.params["encoder"], ring, index[: args.num_envs], args)
+            loss, tags = encoder_losses(learner.params["encoder"], ring, torch.randint(K, (args.queries,)), args)
             descend(learner, loss, "encoder")
             logs |= tags
     returns = play.reward.sum(1)  # (n, R)
@@ -853,7 +861,7 @@ def report(args, results, folder, step):
 def train(args):
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
-    env = make_env(args, args.num_envs + args.context_envs)
+    env = make_env(args, args.num_envs + args.prior_envs + args.context_envs)
     playable(args, env)
     tasks = env.all_tasks("train")
     learner = build(args, env)
