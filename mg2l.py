@@ -129,12 +129,12 @@ class Args:
     query_size: Count = 8  # the same for queries and keys
     queries: Count = 288  # contexts in a step on eq. (12)
     ring_size: Count = 500  # episodes that the ring of a task holds, eq. (1)
-    keys: Count = 8  # contexts of each task whose mean is the key in eqs. (10), (11)
+    keys: Count = 32  # contexts of each task whose mean is the key in eqs. (10), (11)
     hidden: Count = 64  # units in both hidden layers of actors and critics
     latent_dim: Count = 16  # C, numbers in z and in z^i
     warm_up: within(int, 0) = 15  # first iterations, in which the prior plays all rows
     encoder_updates: within(int, 0) = 10  # U, steps on eq. (12); 0: the encoder learns from critics alone
-    encoder_lr: Size = 4e-3  # step size of AdamW, eqs. (9) and (12)
+    encoder_lr: Size = 3e-3  # step size of AdamW, eqs. (9) and (12)
     kl_coef: Size = 0.003  # alpha, weight of the KL terms in eq. (12)
     ppo_epochs: Count = 4  # passes over an iteration's episodes, eq. (9)
     minibatches: Count = 4  # parts, by episodes, of a pass
