@@ -121,19 +121,18 @@ class Args:
     method: Literal["mg2l", "none", "task-given", "global-only", "pearl"] = "mg2l"  # what actors are told
     local_loss: Literal["joint", "own", "kl"] = "joint"  # eq. (11)
     pool: Literal["pia", "mean"] = "pia"  # weights of eq. (3): attention, or all alike
-    num_envs: Count = 48  # M, rows of an iteration with inferred latents
-    prior_envs: Count = 16  # rows beside them that the prior plays; PPO trains on these 64 [D4]
-    context_envs: Count = 240  # further rows of the prior, which only fill the rings
+    num_envs: Count = 64  # M, rows of an iteration with inferred latents: PPO trains on these
+    context_envs: within(int, 0) = 240  # rows beside them that the prior plays, to fill the rings
     horizon: Count = 100  # T, steps of an episode
     context_size: Count = 50  # B, transitions in a context
-    query_size: Count = 8  # the same for queries and keys
+    query_size: Count = 8  # the same in a query or a key
     queries: Count = 288  # contexts in a step on eq. (12)
     ring_size: Count = 500  # episodes that the ring of a task holds, eq. (1)
     keys: Count = 32  # contexts of each task whose mean is the key in eqs. (10), (11)
     hidden: Count = 64  # units in both hidden layers of actors and critics
     latent_dim: Count = 16  # C, numbers in z and in z^i
-    warm_up: within(int, 0) = 15  # first iterations, in which the prior plays all rows
-    encoder_updates: within(int, 0) = 10  # U, steps on eq. (12); 0: the encoder learns from critics alone
+    warm_up: within(int, 0) = 15  # first iterations, in which the prior plays all rows, without PPO
+    encoder_updates: within(int, 0) = 5  # U, steps on eq. (12), in the warm-up 8 times as many
     encoder_lr: Size = 3e-3  # step size of AdamW, eqs. (9) and (12)
     kl_coef: Size = 0.003  # alpha, weight of the KL terms in eq. (12)
     ppo_epochs: Count = 4  # passes over an iteration's episodes, eq. (9)
@@ -148,7 +147,7 @@ class Args:
     eval_shots: Count = 8  # the most episodes of the prior that an agent infers from, eq. (13)
 
 
-ROBOTS = dict(num_envs=16, prior_envs=8, context_envs=8, horizon=200, hidden=256, lr=5e-4, ring_size=100,
+ROBOTS = dict(num_envs=16, context_envs=16, horizon=200, hidden=256, lr=5e-4, ring_size=100,
               action_sd=1.0, eval_episodes=16)
 PRESETS = {  # what differs from the defaults
     "spread": {},
@@ -432,20 +431,14 @@ class Ring:
             self.length[k, slot] = length[r]
             self.next[k] = (slot + 1) % self.length.shape[1]
 
-    def sample(self, tasks, B, few=False):
+    def sample(self, tasks, B):
         """eq. (1): contexts (n, R, B, F), normalised, drawn with replacement: each transition of a ring is as
-        likely as any other, and all agents' are of the same times. few: of 1, 2, 4 .. or 32 episodes [D3]."""
+        likely as any other, and all agents' are of the same times."""
         length = self.length[tasks]  # (R, size)
-        if few:  # 32 episodes at random, of which the first 1, 2, 4 .. or 32 count
-            filled = (length > 0).sum(1, keepdim=True)
-            chosen = (torch.rand(len(tasks), 32) * filled).long()
-            length = length.gather(1, chosen) * (torch.arange(32) < 2 ** torch.randint(6, (len(tasks), 1)))
         end = length.cumsum(1).double()  # episodes in a row
         u = torch.rand(len(tasks), B, dtype=torch.double) * end[:, -1:]  # which transition of all
         episode = torch.searchsorted(end, u, right=True)  # (R, B)
         time = (u - (end - length).gather(1, episode)).long()
-        if few:
-            episode = chosen.gather(1, episode)
         size, horizon = self.data.shape[2:4]
         index = ((tasks[:, None] * size + episode) * horizon + time).flatten()
         x = self.data.flatten(1, 3).index_select(1, index.to(self.data.device))  # (n, R B, F)
@@ -619,7 +612,7 @@ def encoder_losses(p, ring, tasks, args):
     """eq. (12): queries of tasks (M,), `keys` contexts of each of the K tasks. The loss, and {tag: value}."""
     M, K = len(tasks), len(ring.length)
     every = torch.cat([tasks, torch.arange(K).repeat(args.keys)])
-    q = encode(p, ring.sample(every, args.query_size, few=True), args)
+    q = encode(p, ring.sample(every, args.query_size), args)
     z, zi = (d.rsample() for d in q)  # (1, M + J K, C), (n, M + J K, C)
     z_key, zi_key = (x[:, M:].unflatten(1, (args.keys, K)).mean(1) for x in (z, zi))  # means [D3]; (., K, C)
     tasks = tasks.to(z.device)
@@ -651,26 +644,28 @@ def iterate(env, learner, tasks, iteration, args):
     order = torch.randperm(K) if filled else torch.arange(K)
     index = order[(iteration * R + torch.arange(R)) % K]
     rows = tasks[index.to(tasks.device)]  # (R, D)
-    M = args.num_envs if filled and iteration >= args.warm_up else 0  # rows that infer their latents
-    context = ring.sample(index[:M], args.context_size) if M else None
+    M = args.num_envs if filled and iteration >= args.warm_up or not infers else 0
+    context = ring.sample(index[:M], args.context_size) if infers and M else None
     noise = make_noise(env, args)
     with torch.no_grad():
         zi, z, _ = latents(learner.params["encoder"], rows, context, noise, args)
-    # play, and learn to act
-    play = rollout(env, learner.params["actor"], rows, zi)
-    L = args.num_envs + args.prior_envs
-    trained = Play(*(x[:, :, :L] for x in play[:4]), play.alive[:, :L], play.ended[:, :L])
-    logs = ppo_update(learner, trained, rows[:L], zi[:, :L], z[:, :L], context, [x[:, :L] for x in noise], args)
+    # play, and learn to act from the first M rows [D4]
+    play, logs = rollout(env, learner.params["actor"], rows, zi), {}
+    if M:
+        first = Play(*(x[:, :, :M] for x in play[:4]), *(x[:, :M] for x in play[4:]))
+        zi, z, *noise = (x[:, :M] for x in (zi, z, *noise))
+        logs = ppo_update(learner, first, rows[:M], zi, z, context, noise, args)
     # the prior's episodes go to the rings
     if infers:
         x = transitions(play, env)[:, :, M:]  # (n, T, R - M, F)
         alive = play.alive[:, M:]
         ring.norm.update(x.flatten(1, 2), alive.flatten() / alive.sum())
         ring.append(index[M:], x, alive.sum(0))
-    # learn to infer
+    # learn to infer, most of all before others rely on it [D3]
     if infers and args.method != "pearl" and filled:
-        for _ in range(args.encoder_updates):
-            loss, tags = encoder_losses(learner.params["encoder"], ring, torch.randint(K, (args.queries,)), args)
+        for _ in range(args.encoder_updates * (8 if iteration < args.warm_up else 1)):
+            queries = torch.randint(K, (args.queries,))
+            loss, tags = encoder_losses(learner.params["encoder"], ring, queries, args)
             descend(learner, loss, "encoder")
             logs |= tags
     returns = play.reward.sum(1)  # (n, R)
@@ -861,7 +856,7 @@ def report(args, results, folder, step):
 def train(args):
     torch.manual_seed(args.seed % 2**64)
     torch.set_num_threads(args.num_threads)
-    env = make_env(args, args.num_envs + args.prior_envs + args.context_envs)
+    env = make_env(args, args.num_envs + args.context_envs)
     playable(args, env)
     tasks = env.all_tasks("train")
     learner = build(args, env)
