@@ -1,5 +1,5 @@
 """
-Meta-MAPG: a policy gradient that reckons with one's own learning and with the learning of the others.
+Meta-MAPG: a policy gradient that accounts for one's own learning and for the learning of the others.
 
   Paper      Kim, Liu, Riemer, Sun, Abdulhai, Habibi, Lopez-Cot, Tesauro, How: A Policy Gradient Algorithm for
              Learning to Learn in Multiagent Reinforcement Learning. ICML 2021, arXiv:2011.00382.
@@ -25,14 +25,14 @@ Meta-MAPG: a policy gradient that reckons with one's own learning and with the l
   Departures [D1] In (1) the authors' code pairs time-major features with batch-major targets: more noise.
              [D2] Eq. (2) is Loaded DiCE (Farquhar et al., arXiv:1909.10549), theirs DiCE: a second
                   derivative with less noise. lambda < 1 forgets old steps, a bias.
-             [D3] Eq. (5) keeps the terms with signal in expectation, those of tau_l. Their sum has more.
+             [D3] Eq. (5) keeps the terms of tau_l, whose expectation is not 0. Theirs has more terms.
              [D4] LSTMs: gradients are clipped at each link of the chain (80; 20 was no worse) and chain by
                   chain at 300, not 10; chains grow (L = 1, 3, 7); step sizes fall to 0.
              [D5] C chains make one synchronous step, so step sizes are about sqrt(C) times theirs.
              [D6] Never released, so ours: LOLA-DiCE (the return after look_ahead steps of the peers alone),
                   REINFORCE (that of phi_0), "no own learning" (no log pi^i in (5)), opponent modelling.
-             [D7] RPS has H = 50, as in their code (paper: 150). Logits, where they clamp probabilities. The
-                  peers of half_cheetah_dir are from benchmark/make_peers.py: theirs are lost.
+             [D7] RPS has H = 50, as in their code (paper: 150). Policies are logits; they clamp
+                  probabilities. half_cheetah_dir has peers of benchmark/make_peers.py: theirs are lost.
   Run        python meta_mapg.py --env ipd                    # 15 s: +6.9 (cooperative), +4.2 (defective)
              python meta_mapg.py --env ipd --method meta-pg   # 15 s: sums -0.7 and -3.2, no peer learning
              python meta_mapg.py --env rps                    # 1 min: sum +1.4
@@ -97,7 +97,7 @@ Method = Literal["meta-mapg", "meta-pg", "no-own-learning", "lola-dice", "reinfo
 
 @dataclass
 class Args:
-    """Defaults: tables in the prisoner's dilemma, exact gradient. PRESETS have everything else's."""
+    """Defaults: tables in the prisoner's dilemma, exact gradient. PRESETS has the other settings."""
 
     # --- run: the same in all six scripts
     env: str = "ipd"  # ipd, rps, rps3, rps4, half_cheetah_dir, or your own: see make_env()
@@ -114,7 +114,7 @@ class Args:
     capture_video: bool = False  # with --evaluate in half_cheetah_dir: write play.gif
     track: bool = False  # log to Weights & Biases too
     # --- algorithm
-    method: Method = "meta-mapg"  # meta-pg: no peer learning. When tested all adapt by eq. (3)
+    method: Method = "meta-mapg"  # meta-pg: no peer learning. In tests all adapt by eq. (3)
     look_ahead: Count = 1  # steps of the peers that lola-dice looks ahead; the paper tries 1, 3, 5
     opponent_model: bool = False  # Meta-MAPG-OM: peers are known by their actions alone, eq. (9)
     policy: Literal["table", "lstm"] = "table"  # agent i: logits of each state, or the paper's LSTM
@@ -127,15 +127,15 @@ class Args:
     gamma: Share = 0.96  # discount, eqs. (2) and (4)
     gae_lambda: Share = 0.95  # lambda of eq. (4)
     dice_lambda: Share = 1.0  # lambda of eq. (2)
-    inner_lr: Size = 1.0  # initial value of eta, the own step sizes in eq. (3)
+    inner_lr: Size = 1.0  # initial value of eta, agent i's step sizes in eq. (3)
     peer_lr: Size = 1.0  # step size of the peers in eq. (3)
     outer_lr: Size = 0.02  # step size of phi_0 and eta in eq. (7)
     critic_lr: Size = 0.1  # step size of the critic in eq. (7)
-    anneal_lr: bool = False  # let the two fall linearly to 0 over total_steps [D4]
+    anneal_lr: bool = False  # let these two fall linearly to 0 over total_steps [D4]
     ent_coef: Size = 0.0  # weight of the entropy of phi_0, whose own return is not scored
     link_clip: Size = math.inf  # largest norm of a gradient between two updates of a chain [D4]
     max_grad_norm: Size = 10.0  # largest norm of a chain's gradient by actor, step sizes, critic, eq. (6)
-    reward_scale: Size = 1.0  # what agents see of a reward; tables and logs show the reward itself
+    reward_scale: Size = 1.0  # of the rewards that agents learn from; logs show them unscaled
     personas: Optional[str] = None  # .npz: <class>_<split> (n, S, A) log-probabilities, or peers
     ood: bool = False  # hold out the most extreme personas for the test instead of random ones
 
@@ -199,7 +199,7 @@ def make_env(args, num_envs, part=(0, 1)):
 
 
 def playable(args, env):
-    """End in one line if these arguments and this env, perhaps one's own, do not fit."""
+    """End with one line if the arguments do not fit this env, which may be your own."""
     table = args.policy == "table"
     if not hasattr(env, "tasks_by_class"):
         fail(f"{args.env} has no peers as tasks")
@@ -335,7 +335,7 @@ def rollout(env, players, part=(0, 1)):
     shape = [env.horizon, world * C, env.num_envs // C, env.num_agents]
     noise = torch.rand(shape) if env.discrete else torch.randn(shape + [env.action_dims[0]])
     noise = noise.to(env.device)[:, rank * C : (rank + 1) * C]  # (H, C, K, N[, A])
-    # memory: of a table the thresholds of all its states, of an LSTM what it remembers
+    # memory: a table's thresholds in all its states, an LSTM's (h, c)
     memory = [thresholds(p.parts()["table"]) if "table" in p.shapes else None for p in players]
     obs, steps = env.reset(), []
     for t in range(env.horizon):
@@ -441,11 +441,11 @@ def exact_value(x, y, reward_table, gamma, horizon):
 # has its own copies of phi_0 and eta, so that gradients come out chain by chain, as eq. (6) needs them.
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes of torchrun
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
-GROWTH = ((0.0, 1), (0.2, 3), (0.45, math.inf))  # from this share of all steps on so many updates [D4]
+GROWTH = ((0.0, 1), (0.2, 3), (0.45, math.inf))  # (from this share of all steps on, updates) [D4]
 
 
 class Chain(NamedTuple):
-    """What came out of C chains."""
+    """The results of C chains."""
     loss: torch.Tensor  # (C,) of actor and step sizes, eq. (5)
     critic_loss: torch.Tensor  # (C,)
     reward: torch.Tensor  # (C, L+1, N) as the environment gives it, mean over the steps of a batch
@@ -486,7 +486,7 @@ def ascend(players, objective, lrs, create_graph):
 
 def inner_update(players, logprob, batch, lrs, args, training):
     """eqs. (1)-(3): one policy-gradient step of every agent on one batch, whose log_probs are given. In
-    training all agents' are nodes: this changes derivatives, not the step. Meta-PG goes without."""
+    training those of all agents are nodes (not in Meta-PG): this changes derivatives, not the step."""
     reward = batch.reward * args.reward_scale  # (C, N, H, K)
     nodes = logprob
     if training and args.method != "meta-pg":
@@ -504,8 +504,8 @@ def clip(gradients, max_norm):
 
 
 def link(players, max_norm):
-    """The same players. But the gradient that comes back through all of them together is clipped, chain by
-    chain: so a product of many Hessians does not choose the direction. [D4]"""
+    """The same players, but the gradient that flows back through all of them together is clipped, chain by
+    chain. Without this, a product of many Hessians would choose the direction. [D4]"""
     def on_the_way_back(gradient):
         return clip(gradient, max_norm)[0]
     flat = torch.cat([p.flat for p in players], 1)  # (C, all P)
@@ -516,7 +516,7 @@ def link(players, max_norm):
 
 def fit_opponent(model, batch, agent):
     """eq. (9): the frequencies of one agent's actions; the `model` counts as one more visit of each state.
-    New values replace the old ones; the derivative by phi_0 from the model's last step stays."""
+    New values replace the old ones, but the derivative of the model's last step by phi_0 is kept."""
     S, A = model.shapes["table"]
     state = F.one_hot(batch.state, S).flatten(1, 2)  # (C, HK, S)
     action = F.one_hot(batch.action[..., agent], A).flatten(1, 2)
@@ -543,7 +543,7 @@ def sampled_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), train
     for l in range(length + 1):
         batch = rollout(env, players, part)
         rewards.append(batch.reward.mean((2, 3)))
-        # who is differentiated: a model, if there is one, in place of the peer whose actions it imitates
+        # differentiate through the models, if there are any, instead of the peers that they imitate
         models = [fit_opponent(model, batch, 1 + j) for j, model in enumerate(models)]
         seen = [players[0], *models] if models else players
         logprob = log_probs(seen, batch)
@@ -586,7 +586,7 @@ def exact_chain(env, actor, eta, critic, tasks, plan, args, part=(0, 1), trainin
             loss = loss - exact_value(x.detach(), y, pay, args.gamma, H)[:, 0]
         elif l >= first:
             loss = loss - value[:, 0]
-        # one step of both; in a test, and for the peer in Meta-PG, how it came about is forgotten
+        # one step of both; its derivatives are dropped in a test, and for the peer in Meta-PG
         if l < length:
             lrs = [eta[:, [l]] if learns else 0.0, args.peer_lr]
             players = ascend(players, value, lrs, training)
@@ -681,13 +681,13 @@ def outer_update(env, params, moments, args, iteration, progress):
 
 
 # ================================================================ 6. Evaluation
-# Meta-test: one chain for each held-out persona; every agent learns from its own samples alone. A random
-# stream of its own: how often one evaluates does not change what is learned.
+# Meta-test: one chain for each held-out persona; every agent learns from its own samples alone. It has its
+# own random stream, so the number of evaluations does not change what is learned.
 def adapt(env, params, tasks, args):
     """What the paper reports of n chains, (n, L+1, N): reward per step, for cheetahs an episode's return."""
     actor = Player(params["actor"].expand(len(tasks), -1), networks(args, env)[0]).constant()
     eta = params["step_sizes"].expand(len(tasks), -1)
-    plan = args.chain_length, 1, True  # whatever the method was trained for, all adapt
+    plan = args.chain_length, 1, True  # all methods adapt here
     chain = CHAINS[args.gradient](env, actor, eta, None, tasks, plan, args, training=False)
     return chain.reward * (args.horizon if args.env == "half_cheetah_dir" else 1)
 

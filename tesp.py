@@ -30,7 +30,7 @@ TESP: an encoder learns what a task is from its best episodes; one policy, share
   Baselines  --method maml: phi is the policy, one fixed alpha. meta-sgd: the policy, alpha learned.
              maesn: phi is z itself. All are first order, without W and B; the rest is the same.
   Departures [D1] Each row plays one episode and is masked after its end. The authors' sampler starts rows
-                  anew until 5,000 steps of finished episodes are in, which favours short, good episodes.
+                  again until it has 5,000 steps of finished episodes, which favours short, good ones.
              [D2] All tasks are one batch, shared out by torchrun; the authors run 20 Ray workers, one a task.
              [D3] wheeled by default is small (10 tasks, 20 episodes, 64 and 32 units, Adam 0.001), to learn
                   in minutes. Evaluations take 20 goals of each set, the authors' all 100 (--eval-tasks 100).
@@ -97,7 +97,7 @@ Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
 
 @dataclass
 class Args:
-    """Defaults: a quick `wheeled`, minutes on two cores [D3]. PRESETS below has the other envs'."""
+    """Defaults: a quick `wheeled`, minutes on two cores [D3]. PRESETS below has those of other envs."""
 
     # --- run: the same in all six scripts
     env: str = "wheeled"  # wheeled, small_ant, reacher2, reacher4, nav2d, or your own: see make_env()
@@ -184,7 +184,7 @@ def make_env(args, num_envs, part=(0, 1)):
     #   num_envs, horizon, num_agents, obs_dims, action_dims, discrete, device; splits, its sets of tasks
     #   reset(task) -> obs (B, O), one task a row;  sample_tasks(n, split) -> (n, task_dim)
     #   step(action (B, A)) -> obs, reward (B, 1), terminated (B,), truncated (B,), info
-    # as `part` of several shares under torchrun: random starts are drawn for the whole batch and cut
+    # part: this process's share under torchrun; random starts are drawn for the whole batch and then cut
     try:
         return envs.make(args.env, num_envs, horizon=args.horizon, device=args.device,
                          threads=args.num_threads, part=part)
@@ -325,7 +325,7 @@ class Play(NamedTuple):
     mean: torch.Tensor  # (M, H, E, A) of the policy that acted
     log_std: torch.Tensor  # (M, H, E, A)
     reward: torch.Tensor  # (M, H, E), 0 after the end
-    mask: torch.Tensor  # (M, H, E), 1 up to and with the last step of the episode, 0 after it
+    mask: torch.Tensor  # (M, H, E), 1 until the last step of the episode and in it, 0 after it
     arrived: torch.Tensor  # (M, E), 1 where the goal was reached
 
 
@@ -376,7 +376,7 @@ def linear_baseline(obs, target, mask, ridge=1e-5):
 
 def gae(reward, value, mask, gamma, gae_lambda):
     """eq. (6): A_t = sum_u (gamma lambda)^u delta_{t+u}, delta_t = r_t + gamma v_{t+1} - v_t; v = 0 after the
-    last step: arrival, a fall, and the time limit too, as the baseline knows the time. All (M, H, E)."""
+    last step: arrival, a fall, and the time limit, because the baseline knows the time. All (M, H, E)."""
     value = value * mask
     next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
     delta = (reward + gamma * next_value - value) * mask
@@ -396,7 +396,7 @@ def gaussian_kl(mean_0, log_std_0, mean_1, log_std_1):
 
 
 def inner_loss(mean, log_std, rows):
-    """eq. (7): -mean log pi A -> (M,). No entropy, no value, nothing of z itself."""
+    """eq. (7): -mean log pi A -> (M,). No entropy bonus, no value loss, no penalty on z."""
     return -(rows.weight * log_prob(mean, log_std, rows.action) * rows.adv).sum(1)
 
 
@@ -555,7 +555,7 @@ def meta_update(env, net, x, optimizer, args):
         if n < args.epochs - 1:
             x.grad = gradient
             optimizer.step()
-    x.copy_(best)  # Adam's moments are not taken back
+    x.copy_(best)  # Adam's moments are not restored
 
     # what is logged: means over the tasks of all processes
     measures = {

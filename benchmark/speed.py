@@ -16,7 +16,7 @@ gymnasium come with requirements.txt. These are left out where they are not inst
 
 import argparse
 import datetime
-import importlib.util
+import importlib
 import itertools
 import logging
 import math
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from run import ROOT, commit, machine, write_result
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import envs  # noqa: E402
 
 
@@ -40,10 +40,7 @@ import envs  # noqa: E402
 # units of it. Where play() returns a float, that is the processor time of the part that counts.
 def oracle(name):
     """tests/oracles/<name>.py, which has the name of the script."""
-    spec = importlib.util.spec_from_file_location(f"{name}_oracle", ROOT / "tests" / "oracles" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"oracles.{name}")
 
 
 def meta_mapg(**sizes):
@@ -80,7 +77,6 @@ def maml_rl(**sizes):
 
 def tesp(**sizes):
     import tesp as m
-    from envs.goal_robots import TEXTS
 
     args = m.Args(env="wheeled", **sizes)
     env = m.make_env(args, args.num_tasks * args.num_episodes)
@@ -90,7 +86,7 @@ def tesp(**sizes):
     naive = oracle("tesp")
     parts = zip(net.split(x), (net.encoder, net.encoder, net.policy))
     groups = [{k: v.clone().requires_grad_() for k, v in m.unflatten(*part).items()} for part in parts]
-    one = naive.SerialWheeled(args.num_episodes, args.horizon, TEXTS["wheeled"]())
+    one = m.make_env(args, args.num_episodes)
     noise = lambda task, phase: torch.randn(args.horizon, args.num_episodes, env.action_dims[0])
     yield "oracle", 1, lambda: naive.meta_update(one, *groups, env.sample_tasks(1), noise, args)
 
@@ -232,7 +228,7 @@ CASES = [  # name, unit, function, its arguments
     ("meta_mapg, ipd, LSTM, 8 chains", "chain", meta_mapg,
      dict(num_chains=8, chain_length=3, num_episodes=64, horizon=50)),
     ("maml_rl, nav2d", "iteration", maml_rl, dict(num_tasks=10)),
-    ("tesp, wheeled, 5 tasks", "task", tesp, dict(num_tasks=5, num_episodes=10, horizon=100)),
+    ("tesp, wheeled, 5 tasks", "task", tesp, dict(num_tasks=5, num_episodes=10, horizon=50, epochs=5)),
     ("coded_maddpg, spread, M = 3", "update", coded_maddpg, dict(num_agents=3, batch_size=1024)),
     ("coded_maddpg, spread, M = 8", "update", coded_maddpg, dict(num_agents=8, batch_size=1024)),
     ("lemol, simple_push, 8 runs", "episode", lemol, dict(batch_size=128, segment=10)),

@@ -8,22 +8,23 @@ Batched environments: the only code that the six scripts share.
                 obs, reward, terminated, truncated, info = env.step(action)
                     action[i]: (B,) long where env.discrete, else (B, A_i) float32
                     reward: (B, N) float32; terminated, truncated: (B,) bool
-    with tasks  splits, the names of its sets of tasks: "train" is the first, and "test" among them
+    with tasks  splits, the names of its sets of tasks: "train" comes first, and "test" is among them
                 sample_tasks(n, split="train") -> (n, D), from torch's global CPU stream; task_dim D
                 reset(task), one a row, (B, D); reset() draws training tasks
                 all_tasks(split) -> (K, D) where the set is finite
     perhaps     render(row) -> (height, width, 3) uint8;  close();  measures() -> {name: (B,)} at this step
-                action_splits[i], sizes of the one-hot blocks of agent i's action, which may then also be
-                (B, A_i) float32, soft;  num_adversaries K: agents 0 .. K-1 play against the others
+                action_splits[i], sizes of the one-hot blocks of agent i's action; actions may then also be
+                soft, (B, A_i) float32;  num_adversaries K: agents 0 .. K-1 play against the others
 
 `obs` and `action` are tuples over the agents, whose sizes may differ; an env with one agent drops the tuple.
 There is no autoreset: all B episodes run to the horizon H together and start again at reset(). An early
 `terminated` is a mask, not a reset, and is never mixed with `truncated`, which only says that time is up.
-What an env returns is the caller's to change. A bad option, task or action is a ValueError of one line.
+The caller may change what an env returns. A bad option, task or action raises a ValueError of one line.
 
-make(..., part=(rank, world)) makes one of `world` equal shares of a larger batch: whatever is random is drawn
-for the whole and cut, so that several processes play what one would. threads=n bounds MuJoCo's pool.
-In matrix games and half_cheetah_peers a task is whom one meets, and (D,) becomes the shape of the peers.
+make(..., part=(rank, world)) makes one of `world` equal shares of a larger batch. Random numbers are drawn
+for the whole batch and then cut, so that several processes play what one would. threads=n bounds MuJoCo's
+pool.
+In matrix games and half_cheetah_peers a task is the policies of the peers, and (D,) becomes their shape.
 
 Bring your own env by returning any object with these members from a script's make_env(); envs/adapters.py
 makes one of a PettingZoo or gymnasium env. Dynamics, rewards, observations and tasks live here. Networks,
@@ -74,8 +75,8 @@ WORLDS = {  # name: (module, class)
 
 
 def make(name, num_envs, horizon=None, device="cpu", threads=1, part=(0, 1), **options):
-    """The env `name`, `num_envs` copies side by side; horizon=None: its usual one. Other options: see its
-    class. Raises ValueError for anything that it cannot be made with."""
+    """`num_envs` copies of the env `name` side by side. horizon=None: its usual one. Other options: see its
+    class. Raises ValueError for an option that the env does not take."""
     if name not in WORLDS:
         raise ValueError(f"unknown env {name!r}; known: {', '.join(WORLDS)}")
     module, cls = WORLDS[name]

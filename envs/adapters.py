@@ -23,15 +23,15 @@ from .base import Env, FiniteTasks
 def to_pettingzoo(env):
     """A batched env with num_envs = 1 as a PettingZoo ParallelEnv with agents "agent_0", "agent_1", ...
 
-    Observations are float32 Boxes (O_i,); actions are Discrete(A_i), or Boxes (A_i,) without bounds, as the
-    contract states none. reset(options={"task": task}), of shape (D,), chooses the task. All agents leave
+    Observations are float32 Boxes (O_i,); actions are Discrete(A_i), or Boxes (A_i,) without bounds, because
+    the contract has none. reset(options={"task": task}), of shape (D,), chooses the task. All agents leave
     together at the first step on which either flag is up; the two flags are passed on as they are.
 
-    Our envs draw from torch's global CPU stream. Here reset and step run on a stream of this env's own and
-    leave the caller's as it was. reset(seed=s) restarts it as torch.manual_seed(s) would, so that an episode
-    depends on seed and actions alone; reset() goes on with it, and starts it from the global stream at first.
+    Our envs draw from torch's global CPU stream. Here reset and step use a stream of their own and leave the
+    caller's untouched. reset(seed=s) restarts it as torch.manual_seed(s) would, so that an episode depends on
+    seed and actions alone. reset() continues it; the first reset() seeds it from the global stream.
 
-    ValueError: num_envs is not 1, or the env observes indices.
+    Raises ValueError if num_envs is not 1 or the env observes indices.
     """
     from gymnasium import spaces
     from pettingzoo import ParallelEnv
@@ -49,7 +49,7 @@ def to_pettingzoo(env):
             self.max_cycles, self.render_mode, self._stream, self.agents = env.horizon, None, None, []
             self.possible_agents = names = [f"agent_{i}" for i in range(env.num_agents)]
             self.observation_spaces = {name: box(O) for name, O in zip(names, env.obs_dims)}
-            # who moves and speaks at once numbers the pairs: the product of its blocks
+            # an agent that moves and speaks has one number for each pair: the product of its blocks
             sizes = map(prod, env.action_splits) if hasattr(env, "action_splits") else env.action_dims
             act = spaces.Discrete if env.discrete else box
             self.action_spaces = {name: act(A) for name, A in zip(names, sizes)}
@@ -71,7 +71,7 @@ def to_pettingzoo(env):
             return self._obs(obs), {name: {} for name in self.agents}
 
         def step(self, actions):
-            if not self.agents:  # the episode is over: nobody is left to answer
+            if not self.agents:  # the episode is over
                 return {}, {}, {}, {}, {}
             dtype, names = torch.long if env.discrete else torch.float32, self.agents
             action = [np.asarray(actions[name])[None] for name in names]  # each (1,) or (1, A)
@@ -98,8 +98,8 @@ def to_pettingzoo(env):
 
 
 def from_pettingzoo(make_env, num_envs, **options):
-    """B = num_envs independent copies, one call of `make_env` each, as a batched env. `options` are those of
-    _Copies. A turn-based (AEC) env is converted if it says that this may be done."""
+    """B = num_envs independent copies, each from a call of `make_env`, as a batched env. `options` are those
+    of _Copies. A turn-based (AEC) env is converted if it says that it is parallelizable."""
     from pettingzoo import AECEnv
     from pettingzoo.utils.conversions import aec_to_parallel
 
@@ -120,7 +120,7 @@ def from_gymnasium(make_env, num_envs, **options):
 
 
 def _copies(envs, limits, horizon=None, tasks=None, **options):
-    """limits: how long the first env says that an episode is, or None."""
+    """limits: the episode length that the first env states, or None, in a list."""
     if horizon is None and limits == [None]:
         raise ValueError("the env does not say how long an episode is: pass horizon=")
     horizon = limits[0] if horizon is None and limits else horizon
@@ -163,13 +163,13 @@ class _Agents:
 class _Copies(Env):
     """B single envs behind the batched contract.
 
-    Observations are flattened to (B, O_i) float32, a Discrete one to one-hot. Actions are all Discrete, (B,)
-    long from 0 whatever the space starts at or (B, A_i) float of which the largest counts; or all Box,
-    (B, A_i), clipped to the space. num_adversaries: by default, how many names contain "adversary".
+    Observations are flattened to (B, O_i) float32, a Discrete one to one-hot. Actions are all Discrete or all
+    Box. Discrete: (B,) long that count from 0, wherever the space starts, or (B, A_i) floats of which the
+    largest counts. Box: (B, A_i), clipped to it. num_adversaries: by default, the names with "adversary".
 
     An agent that leaves keeps its last observation and gets reward 0. A copy is over when its last agent
-    leaves and stays so until reset(): `truncated` if the env cut any agent short, `terminated` if all came to
-    an end of their own (both, if they did so as time ran out). At the horizon `truncated` is up for all B.
+    leaves, and stays so until reset(). It is `truncated` if the env cut any agent short, `terminated` if all
+    agents ended by themselves, and both if they did so as time ran out. At the horizon all are `truncated`.
     """
 
     soft = True
@@ -257,7 +257,7 @@ class _Copies(Env):
 
 
 class _CopiesWithTasks(FiniteTasks, _Copies):
-    """tasks: {split: (K, D)}, with "train" first. options(task (D,)): what a copy is reset with."""
+    """tasks: {split: (K, D)}, with "train" first. options(task (D,)): the options of a copy's reset."""
 
     def __init__(self, envs, tasks, options=lambda task: {"task": task}, **common):
         super().__init__(envs, **common)

@@ -10,12 +10,12 @@ STRIPES = 100  # of a task range, along its first coordinate; every fifth is hel
 
 
 class Env:
-    """B rows that play side by side. They are rows mine.start, mine.start + 1, ... of `total` rows, which
-    `world` processes share: each draws the random numbers of all rows and cuts its own out of them, so that
-    what befalls a row does not depend on the process that plays it."""
+    """B rows that play side by side. They are the rows `mine` of `total` rows, which `world` processes share.
+    Each process draws the random numbers of all rows and keeps those of its own, so that a row's episode does
+    not depend on the process that plays it."""
 
     default_horizon, num_agents, discrete = 100, 1, False
-    soft = False  # discrete, but (B, A_i) floats will do as well
+    soft = False  # whether a discrete env also takes (B, A_i) floats
 
     def __init__(self, name, num_envs, horizon=None, device="cpu", threads=1, part=(0, 1)):
         horizon, (rank, world) = self.default_horizon if horizon is None else horizon, part
@@ -52,7 +52,7 @@ class Env:
         return np.array([[prod(split)] for split in splits], np.uint64)
 
     def check_action(self, action):
-        """The actions of all agents: numbers as an array (N, B) of its own, or a tuple of (B, A_i) floats.
+        """The actions of all agents: numbers as a new array (N, B), or a tuple of (B, A_i) floats.
         ValueError for anything else."""
         alone = self.num_agents == 1 and torch.is_tensor(action)
         action = (action,) if alone else tuple(action)
@@ -64,7 +64,7 @@ class Env:
         if not numbers:
             return action
         number = torch.stack(action).cpu().numpy()
-        # One comparison: seen as unsigned, a negative number is larger than any.
+        # One comparison is enough: read as unsigned, a negative number is larger than all others.
         if number.dtype != np.int64 or (number.view(np.uint64) >= self.choices).any():
             most = (self.choices[:, 0] - 1).tolist()
             raise ValueError(f"{self.name}: actions must be long, in 0 .. {most}, not "
@@ -72,23 +72,23 @@ class Env:
         return number
 
     def fresh(self, x):
-        """An array that nobody else has, as a tensor on the env's device."""
+        """A tensor on the env's device from an array that nobody else uses."""
         x = torch.from_numpy(x)
         return x if self.device == "cpu" else x.to(self.device)
 
     def clock(self):
-        """terminated and truncated, (B,) each, of a step in which no row ends before its time."""
+        """terminated and truncated, (B,) each, of an env in which no row ends early."""
         over = np.zeros((2, self.num_envs), bool)
         over[1] = self.t >= self.horizon
         return self.fresh(over[0]), self.fresh(over[1])
 
     def tensor(self, x, dtype=torch.float32):
-        """A copy of an array on the env's device: what a caller gets does not change later."""
+        """A copy of an array on the env's device: it does not change later."""
         return torch.tensor(x, dtype=dtype, device=self.device)
 
 
 class FiniteTasks:
-    """For an Env whose `tasks` are {split: (K, D)}: few enough to be listed."""
+    """For an Env with a finite set of tasks: `tasks` is {split: (K, D)}."""
 
     @property
     def splits(self):
@@ -109,8 +109,8 @@ def uniform_tasks(n, low, high, split):
     """(n, len(low)) tasks on the box between `low` and `high`, from torch's global CPU stream. The box is cut
     along its first coordinate into 100 stripes, of which every fifth (2, 7, ..., 97) is "test" and the others
     "train": the splits do not overlap, and both cover the box evenly. "train" draws uniformly. "test" is
-    stratified, so that few tasks stand for the box: they go round the stripes, now in the lower half, now in
-    the upper one, and along every other coordinate each n-th part of the box gets one."""
+    stratified, so that a few tasks represent the box: they take the stripes in turn, alternating between the
+    lower and the upper half, and along every other coordinate each of n equal slices gets one task."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     stripe = torch.arange(STRIPES)
@@ -123,7 +123,7 @@ def uniform_tasks(n, low, high, split):
         row = k // 2 % half + half * (k % 2)
         slices = torch.stack([torch.randperm(n) for _ in low], 1)  # (n, len(low))
         u[:, 1:] = (slices[:, 1:] + u[:, 1:]) / n
-    # 1 % off the edges of a stripe, so that rounding does not carry a task over them
+    # keep 1 % away from the edges of a stripe, so that rounding does not cross them
     u[:, 0] = (stripe[row] + 0.01 + 0.98 * u[:, 0]) / STRIPES
     low, high = torch.tensor(low), torch.tensor(high)
     return low + (high - low) * u

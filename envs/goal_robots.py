@@ -8,7 +8,7 @@ small_ant  an ant with limbs at 40 % of the size of gymnasium's           29    
 reacher2   an arm of two links; p is its fingertip                         8    2  100 rad/s   0.06
 reacher4   an arm of four links                                           14    4   50 rad/s   0.11
 
-Names     `small_ant`, because ant_goal is MAML's full-size ant with another reward; arms by their links.
+Names     small_ant is not ant_goal, which is MAML's full-size ant. An arm's number is that of its links.
 Actions   u = a clipped to [-1, 1], times the speed above: the commanded velocity of each joint for 5
           physics steps (0.05 s). All actuators are servos, torque = command - velocity.
 Reward    -|p - goal| - 0.0005 |u|^2, where p is the position in the plane after the step. The factor 0.0005
@@ -135,8 +135,8 @@ def fingertip(q, length, last):
 
 @functools.cache
 def goal_sets(spacing=0.1):
-    """{split: (100, 2)}: D, D' and D'' from one stream. A goal of D or D' keeps its distance from all goals
-    of both, a goal of D'' from those of D'' alone."""
+    """{split: (100, 2)}: D, D' and D'' from one stream. All goals of D and D' keep their distance from each
+    other, and so do those of D'' among themselves."""
     draw, sets = np.random.RandomState(1), {}
     for split, (inner, outer) in RINGS.items():
         near = sets["train"] if split == "test" else np.empty((0, 2))

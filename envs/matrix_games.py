@@ -5,8 +5,8 @@ Iterated matrix games: prisoner's dilemma ("ipd") and rock-paper-scissors for 2,
 State     0 before the first move; afterwards 1 + the last joint action read as a number in base A, agent 0's
           action first. ALL agents see the same index: the opponent's view is not mirrored.
 Actions   ipd: 0 = Defect, 1 = Cooperate (states 1..4 are DD, DC, CD, CC); rps: 0 Rock, 1 Paper, 2 Scissors.
-Task      whom agent 0 meets: (N-1, S, A) logits, one table for each opponent. The payoffs are always
-          the same; the script plays these tables, and lets them learn.
+Task      agent 0's opponents: (N-1, S, A) logits, one table for each. The payoffs are the same in every
+          task. The script plays these tables and lets them learn.
 """
 
 import numpy as np
@@ -33,8 +33,8 @@ class MatrixGame(Env):
         self.states = S = 1 + self.actions**N
         self.obs_dims, self.action_dims = (S,) * N, (self.actions,) * N
         # The state holds the whole last joint action, so the reward is a table look-up by the next state.
-        # With more than two players each meets every other and the pairwise payoffs are averaged; the paper
-        # does not say.
+        # With more than two players, each meets every other and the payoffs of the pairs are averaged. The
+        # paper does not say how.
         joint = torch.cartesian_prod(*[torch.arange(self.actions)] * N)  # (S-1, N), row order = state order
         pay = torch.tensor(PAYOFF[game])[joint[:, :, None], joint[:, None, :]]  # (S-1, N, N)
         pay = (pay.sum(2) - pay.diagonal(dim1=1, dim2=2)) / (N - 1)
@@ -56,7 +56,7 @@ class MatrixGame(Env):
         return self._obs(np.zeros(self.num_envs, np.int64))
 
     def step(self, action):
-        try:  # reads the joint action as a number in base A and refuses what is out of range, at once
+        try:  # one call reads the joint action as a number in base A and checks its range
             joint = np.ravel_multi_index([a.cpu().numpy() for a in action], self.action_dims)
         except (TypeError, ValueError):
             joint = None
@@ -116,7 +116,7 @@ def load_personas(path, classes, S, A):
         with np.load(path) as data:
             out = {split: {name: torch.tensor(data[f"{name}_{split}"]).float() for name in classes}
                    for split in SPLITS}
-    except Exception as error:  # missing, not an .npz, truncated, pickled, without an array: users must know
+    except Exception as error:  # missing, not an .npz, truncated, pickled, without an array
         raise ValueError(f"personas {path}: wanted an .npz of <class>_<split> for {', '.join(classes)} and "
                          f"{', '.join(SPLITS)} ({error})") from None
     for split, pools in out.items():

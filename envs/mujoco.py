@@ -1,6 +1,6 @@
 """
-Batched MuJoCo on mujoco.rollout's thread pool, and on it the locomotion tasks of MAML (Finn et al., 2017,
-arXiv:1703.03400, Sec. 5.3) with gymnasium's own model files.
+Batched MuJoCo on mujoco.rollout's thread pool, and the locomotion tasks of MAML (Finn et al., 2017,
+arXiv:1703.03400, Sec. 5.3), built on it with gymnasium's own model files.
 
 World               Reward of one step (v: velocity, p: position of the torso after it)   Task, by split
 half_cheetah_dir    d vx - 0.05 |u|^2                                                     d = -1 or +1
@@ -24,8 +24,8 @@ MAML authors' ant pays that contact cost too (at most 0.042 a step) and observes
 neither paid for nor observed. v5 leaves x and, for Ant, y out of the observation, and takes Ant's velocity
 from positions that lag the state by part of a physics step; here they come from qpos.
 Warm start: the constraint solver starts each env step from zero. These envs are bit-equal to a gymnasium env
-whose data.qacc_warmstart is zeroed before every step, and drift from an untouched one as chaos has it (1e-13
-after 10 steps).
+whose data.qacc_warmstart is zeroed before every step. From an untouched one they drift slowly, as chaotic
+systems do (1e-13 after 10 steps).
 """
 
 import ctypes.util
@@ -52,10 +52,10 @@ if mujoco.get_mju_user_warning() is None:
 
 
 class Simulator:
-    """Steps any number of rows, up to B, of one model. It keeps no episode: states go in and come out.
+    """Steps up to B rows of one model. It knows no episodes: states go in and come out.
 
     models[b] is row b's model. Where tasks change the physics, put changed copies of `model` there (masses,
-    friction, gears: whatever leaves the sizes alone). One thread is the calling one. The number of threads
+    friction, gears: whatever leaves the sizes alone). The calling thread is one of `threads`. Their number
     does not change a single bit.
     """
 
@@ -83,7 +83,7 @@ class Simulator:
                               skip_checks=True)
         after = self.out[:n, -1]
         # On a bad number (NaN or beyond mjMAXVAL) MuJoCo resets the row and rollout stops there: time then
-        # falls short. It looks for them as a physics step begins, so those of the last one are still there.
+        # falls short. It looks only as a physics step begins, so bad numbers of the last one are still there.
         late = after[:, 0] < state[:, 0] + self.dt - 0.5 * self.model.opt.timestep
         return after, late | ~(np.abs(after) < mujoco.mjMAXVAL).all(1)
 
@@ -105,7 +105,7 @@ class Bodies(Env):
 
     def step(self, action):
         action = torch.cat(self.check_action(action), 1).detach().cpu().double().numpy()  # (B, U)
-        rows = np.flatnonzero(~self.terminated)  # (n,): only who is alive costs physics
+        rows = np.flatnonzero(~self.terminated)  # (n,): only these are simulated
         a, before = action[rows], self.state[rows]
         u = np.clip(a, -1, 1)
         after, diverged = self.sim.step(before, self.speed * u, rows)  # (n, S), (n,)
@@ -171,7 +171,7 @@ class Locomotion(Bodies):
         return self.tensor([[-1], [1]])
 
     def sample_tasks(self, n, split="train"):
-        """(n, D) tasks. The two directions are a fair coin, and take turns in "test": there are no others."""
+        """(n, D) tasks. There are only two directions: a fair coin in "train", and in turn in "test"."""
         self.check_split(split)
         low, high = self.ranges[self.kind]
         tasks = uniform_tasks(n, [low] * self.task_dim, [high] * self.task_dim, split)

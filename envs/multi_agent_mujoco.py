@@ -16,21 +16,21 @@ v5. two_agent_half_cheetah is the third game of Meta-MAPG (Kim et al., 2021, arX
 
 Reward    the same for every driver; a: what all of them ask for, u: a clipped to [-1, 1], the motors' range.
           cheetah_dir d vx - 0.1 |a|^2, two_agent_half_cheetah d vx - 0.1 |u|^2, hopper_param
-          vx + 1[healthy] - 0.001 |a|^2: each as its authors have it; two pay for more than they get.
+          vx + 1[healthy] - 0.001 |a|^2: each as its authors have it, two with the unclipped action.
 Time      5 physics steps of 0.01 s (hopper: 4 of 0.002 s) a move. H = 1000 (two_agent_half_cheetah: 200).
 Start     cheetahs: qpos + U(-0.1, 0.1), qvel + 0.1 N(0, 1); hopper: U(-0.005, 0.005) on both; from torch's
           global CPU stream.
 End       hopper: height <= 0.7, |angle| >= 0.2, or any other number beyond 100. Cheetahs: never. A row that
           diverges ends as well, see envs/mujoco.py. No autoreset: the authors' Hopper starts anew within its
           1000 steps, this one rests.
-Tasks     cheetah_dir: both directions, in both splits. hopper_param: what multiplies body_mass, dof_damping,
-          geom_friction (all three columns) and body_inertia, all bodies alike, each U(0.5, 1.5): 50 vectors
-          for "train", 10 others for "test", the same in every run (numpy's default_rng(0), default_rng(1));
+Tasks     cheetah_dir: both directions, in both splits. hopper_param: four factors, each U(0.5, 1.5), of all
+          bodies' body_mass, dof_damping, geom_friction (all three columns) and body_inertia: 50 vectors for
+          "train", 10 others for "test", the same in every run (numpy's default_rng(0), default_rng(1));
           reset() takes any positive ones. The authors multiply the model they have just used, so that their
-          parameters drift from reset to reset; here it is always the file's numbers that are multiplied, and
-          what MuJoCo derives from them (mj_setConst) is derived anew.
+          parameters drift from reset to reset. Here the factors always apply to the file's numbers, and
+          what MuJoCo derives from them is computed anew (mj_setConst).
           two_agent_half_cheetah: reset(task) takes d; without it, d = `direction`, +1 unless told otherwise
-          (-1: the peers of the paper have learnt to run to the left). Whom one plays with is the script's.
+          (-1: the peers of the paper have learnt to run to the left). The script chooses who drives.
 
 Solver    it starts each env step from zero, see envs/mujoco.py.
 """
@@ -136,8 +136,8 @@ class HopperParam(Drivers):
 
 # ---------------------------------------------------------------- the peers of two_agent_half_cheetah
 # Tasks are peers, as in envs/matrix_games.py: the weights with which the driver of the front leg begins, one
-# flat vector each, of an LSTM with a Gaussian head (lstm_shapes() in meta_mapg.py). The paper's were a
-# download that is gone, and how they were trained is not said. Ours come from benchmark/make_peers.py: peer n
+# flat vector each, of an LSTM with a Gaussian head (lstm_shapes() in meta_mapg.py). The paper's peers were a
+# download that is gone, and it does not say how they were trained. Ours come from benchmark/make_peers.py: n
 # is the front leg that played iteration n of a training to the left. Which n are for training, validation and
 # test is the authors' choice.
 VALIDATION = [3, 9, 38, 53, 57, 88, 104, 122, 146, 150, 166, 167, 190, 196, 205, 210, 221, 230, 233, 246, 259,
@@ -150,8 +150,7 @@ PEERS = os.path.join(os.path.dirname(__file__), "..", "benchmark", "peers", "hal
 
 
 class HalfCheetahPeers(WholeCheetah):
-    """To the right, with peers as tasks: whom agent 0 meets does not change the env, so reset() ignores
-    them."""
+    """Runs to the right. Its tasks are peers; they do not change the env, so reset() ignores them."""
 
     def __init__(self, name, num_envs, peers=None, **common):
         super().__init__(name, num_envs, **common)
@@ -172,8 +171,8 @@ class HalfCheetahPeers(WholeCheetah):
 
 
 def write_peers(path, weights, returns):
-    """weights (n, P) int16 in units of GRID, peers KEPT[:n]; returns (iterations,) of their training. Written
-    as differences from one peer to the next, which makes a fifth of them in float16."""
+    """weights (n, P) int16 in units of GRID, peers KEPT[:n]; returns (iterations,) of their training. The
+    file holds the differences from one peer to the next: a fifth of the size that float16 would have."""
     steps = np.diff(weights.numpy(), axis=0, prepend=np.int16(0)).T  # (P, n)
     with open(path, "wb") as file:
         np.savez_compressed(file, steps=np.ascontiguousarray(steps), returns=returns.numpy())

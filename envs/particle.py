@@ -6,7 +6,7 @@ arXiv:1703.04908; Lowe et al., 2017, arXiv:1706.02275). Nine scenarios share one
 
 State     positions and velocities; landmarks stand still. The first agents are the adversaries.
 Actions   A mover has five: 0 stay, then a push along -x, +x, -y, +y. A speaker has W words. Actions are (B,)
-          long, or (B, A_i) floats that are used as they are: the soft vectors of MADDPG. All agents give the
+          long, or (B, A_i) floats that are used as they are: the soft vectors of MADDPG. All agents use the
           same kind. env.action_splits[i] holds the sizes of agent i's blocks: (5,), (3,), or (5, 10) for an
           agent that moves and speaks, whose (B,) long is move + 5 * word.
 Reward    and observation: see each scenario below.
@@ -167,7 +167,7 @@ class Particle(Env):
 
     def render(self, row=0, size=240):
         """(size, size, 3) uint8: one env. Agents are blue, adversaries red, landmarks grey, goals green and
-        orange. An agent that has spoken bears a dot in the colour of the word."""
+        orange. An agent that has spoken has a dot in the colour of the word."""
         N, L, pos = self.num_agents, self.landmarks, self.pos[:, :, row]
         span = max(1.1, (np.abs(pos[:, : N + L]) + self.radii).max() + 0.05)
         frame = np.full((size, size, 3), 255.0)

@@ -1,5 +1,5 @@
 """
-A pursuit on a grid of 3 x 3 ("uav"): the env that LeMOL's authors had under development, after their code.
+A pursuit on a grid of 3 x 3 ("uav"), an env that LeMOL's authors were developing. It follows their code.
 
 Players   Agent 0 is the target (the adversary): stay, N, S, E, W, NE, SE, SW, NW. Agent 1 is the UAV: stay,
           N, S, E, W. Both move at once. A move out of the grid ends at its edge. Changing places is no catch.

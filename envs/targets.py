@@ -18,8 +18,8 @@ End       never before the horizon, 100.
 Spread    Observed: own position, the way to each landmark, the way to each other agent. Reward: minus the
           sum, over the landmarks that count, of the distance to the nearest agent, times the number of
           agents; the same for all. Radius 0.15; bodies pass through each other.
-Hunting   Observed: own position; the way to each other predator, each prey, each obstacle; then the same
-          distances; zeros where the distance is 1.414 or more. Reward: -0.1 times the sum of the predators'
+Hunting   Observed: own position; the way to each other predator, each prey, each obstacle; then the lengths
+          of these ways; zeros where a length is 1.414 or more. Reward: -0.1 times the sum of the predators'
           distances to the prey that counts, plus 10 for a predator that touches it. This prey flees from its
           nearest predator; the others wander: forces uniform in [-1, 1]^2 (the authors' are in [0, 1]^2 and
           drift into a corner). Predators: radius 0.1, speed up to 1; preys: 0.05 and 1.2. All bodies push

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from test_house_style import ROOT
-from test_scripts import words
+from test_scripts import call, tiny, words
 
 from envs.adapters import from_gymnasium, from_pettingzoo
 
@@ -20,9 +20,9 @@ TASKS = {"train": np.arange(8.0).reshape(4, 2), "test": np.arange(4.0).reshape(2
 
 
 def script(name):
-    """The script and its smallest run."""
-    tests = importlib.import_module(f"test_{name}")
-    return importlib.import_module(name), tests.TINY | dict(total_steps=2 * tests.STEPS)
+    """The script and the arguments of its smallest run, of two iterations."""
+    module, args, steps = tiny(name)
+    return module, args | dict(total_steps=2 * steps)
 
 
 def mpe(name):
@@ -70,18 +70,12 @@ def warehouse(n, horizon):
 five, three = spaces.Discrete(5), spaces.Discrete(3)
 
 
-def call(name, env, monkeypatch, folder):
-    """The smallest run of a script on another env -> exit code, 0 if it comes back."""
+def play(name, env, monkeypatch, folder):
+    """The smallest run of a script on another env -> exit code."""
     module, args = script(name)
     horizon = args.get("horizon") or args.get("max_episode_len") or 5
     monkeypatch.setattr(module, "make_env", lambda args, n, *rest, **more: env(n, horizon))
-    args = args | dict(env="mine", run_dir=folder)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words(**args)])
-    try:
-        module.train(module.parse())
-    except SystemExit as end:
-        return end.code
-    return 0
+    return call(name, *words(**args | dict(env="mine", run_dir=folder)))
 
 
 @pytest.mark.parametrize("name, env", [
@@ -91,7 +85,7 @@ def call(name, env, monkeypatch, folder):
     ("tesp", own(tasks=TASKS)), ("maml_rl", own(tasks=TASKS)),
 ])
 def test_a_script_trains_on_what_it_can_play(name, env, monkeypatch, tmp_path):
-    assert call(name, env, monkeypatch, tmp_path / "r") == 0
+    assert play(name, env, monkeypatch, tmp_path / "r") == 0
     assert (tmp_path / "r" / "checkpoint.pt").exists()
 
 
@@ -104,7 +98,7 @@ def test_a_script_trains_on_what_it_can_play(name, env, monkeypatch, tmp_path):
     ("meta_mapg", zoo("simple_spread")), ("meta_mapg", own(agents=2)),
 ])
 def test_a_script_refuses_what_it_cannot_play_in_one_line(name, env, monkeypatch, tmp_path, capsys):
-    assert call(name, env, monkeypatch, tmp_path / "r") == 2
+    assert play(name, env, monkeypatch, tmp_path / "r") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
 

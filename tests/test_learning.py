@@ -28,7 +28,7 @@ def test_meta_mapg_makes_both_kinds_of_peers_cooperate(tmp_path):
 
 
 def test_without_peer_learning_it_ends_in_mutual_defection(tmp_path):
-    result = final(meta_mapg, tmp_path, env="ipd", method="meta-pg")
+    result = final(meta_mapg, tmp_path, env="ipd", method="meta-pg", total_steps=2_160_000)
     assert result["eval/cooperative/sum_after_phi_0"] < 1.5
     assert result["eval/defective/sum_after_phi_0"] < -2
 

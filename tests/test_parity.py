@@ -14,8 +14,7 @@ import torch
 from test_envs import tupled
 
 from envs import WORLDS, make
-from envs.adapters import from_pettingzoo
-from envs.goal_robots import ANT_POSE, ARMS, TEXTS, fingertip
+from envs.goal_robots import ANT_POSE, TEXTS
 from envs.multi_agent_mujoco import FIELDS
 from envs.warehouse import LAYOUTS, SHELVES, WIDTH, number
 
@@ -40,10 +39,11 @@ def put(env, goal=None, **state):
 
 
 def random_action(env, rng, soft):
-    """Numbers (B,), or floats (B, A) in steps of 1 / 1024, whose differences mpe2's float32 holds exactly."""
+    """Numbers (B,), or floats (B, A) in steps of 1 / 1024, whose differences mpe2's float32 holds exactly;
+    some rows are all zeros, which is silence."""
     if soft:
-        action = [torch.tensor(rng.integers(1025, size=(env.num_envs, n)) / 1024) for n in env.action_dims]
-        action = [a.float() for a in action]
+        action = [rng.integers(1025, size=(env.num_envs, n)) / 1024 for n in env.action_dims]
+        action = [torch.tensor(a * (rng.random((len(a), 1)) < 0.8)).float() for a in action]
     else:
         action = [torch.tensor(rng.integers(math.prod(s), size=env.num_envs)) for s in env.action_splits]
     return tuple(action) if env.num_agents > 1 else action[0]
@@ -83,7 +83,7 @@ def crowd(rng, worlds, env):
     """Puts mpe2's worlds and ours into the same random states, with the first two agents in contact and in a
     third of them nearly all bodies. Returns our observation."""
     for world in worlds:
-        scale = rng.choice([0.15, 0.5, 1.1])
+        scale = rng.choice([0.15, 0.5, 1.1, 4])  # the last is outside the square
         for body in world.entities:
             body.state.p_pos = rng.uniform(-scale, scale, 2)
         for agent in world.agents[1:2]:
@@ -108,7 +108,7 @@ def test_the_same_steps_as_mpe2(name, ours, other, soft):
             copy.reset(seed=100 * episode + b)
         obs, gain = crowd(rng, [r.world for r in raw], env), [[]] * B
         seen = [[r.observe(agent) for agent in names] for r in raw]
-        for _ in range(12):
+        for _ in range(8):
             for b in range(B):
                 assert all(np.allclose(o[b], x, rtol=1e-6, atol=1e-7) for o, x in zip(obs, seen[b]))
             action, before = random_action(env, rng, soft), env.dist[: len(env.touch)]
@@ -122,7 +122,7 @@ def test_the_same_steps_as_mpe2(name, ours, other, soft):
             close(env.place.T, place, rtol=0, atol=1e-9)
             close(env.gain.T, gain, rtol=0, atol=1e-9)
             close(reward, gain, rtol=1e-6, atol=1e-6)
-    assert pushes > 4 * B or not len(env.touch)  # the forces were there
+    assert pushes > 2 * B or not len(env.touch)  # the forces were there
 
 
 def test_an_episode_begins_like_theirs():
@@ -144,27 +144,6 @@ def test_an_episode_begins_like_theirs():
             close(np.bincount(mine, minlength=len(share)) / 400, share, atol=0.15)
 
 
-def test_from_pettingzoo_plays_their_world_as_ours():
-    theirs("simple_push")
-    from mpe2 import simple_push_v3
-
-    env = from_pettingzoo(lambda: simple_push_v3.parallel_env(max_cycles=10), 3, horizon=10)
-    ours, rng = make("simple_push", 3, horizon=10), np.random.default_rng(0)
-    for member in ("num_envs", "horizon", "num_agents", "obs_dims", "action_dims", "discrete"):
-        assert getattr(env, member) == getattr(ours, member), member
-    obs = env.reset()
-    worlds = [copy.unwrapped.world for copy in env.envs]
-    mine = put(ours, pos=[[body.state.p_pos for body in w.entities] for w in worlds], vel=0,
-               goal=[goals_of("simple_push", w) for w in worlds])
-    for t in range(10):
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(obs, mine))
-        action = random_action(ours, rng, False)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        mine, gain, ended, cut, _ = ours.step(action)
-        assert torch.allclose(reward, gain, atol=1e-5)
-        assert torch.equal(terminated, ended) and torch.equal(truncated, cut) and cut.all() == (t == 9)
-
-
 def softplus(x):
     return math.log1p(math.exp(-abs(x))) + max(x, 0)
 
@@ -183,13 +162,14 @@ def plain_step(pos, vel, force, size, solid, top):
     return [[x + 0.1 * v for x, v in zip(*both)] for both in zip(pos, vel)] + pos[len(vel) :], vel
 
 
-def original_reward(env, pos):
-    """The rewards of 2017 from positions, agent by agent."""
+def original_reward(env, pos, mpe2):
+    """The rewards of 2017 at these positions, agent by agent. mpe2: those of that package, for scenarios in
+    which nothing changed."""
     N, K, L = env.num_agents, env.num_adversaries, env.landmarks
     far = lambda i, j: math.dist(pos[i], pos[j])
-    touch = lambda i, j: far(i, j) < env.radii[i] + env.radii[j]
     goal = [N + g for g in env.goal[:, 0]]
     if env.name == "simple_spread":
+        touch = lambda i, j: far(i, j) < env.radii[i] + env.radii[j]
         cover = sum(min(far(i, N + l) for i in range(N)) for l in range(L))
         return [sum(-cover - sum(touch(i, j) for j in range(N)) for i in range(N))] * N  # also j = i
     if env.name == "simple_adversary":
@@ -202,50 +182,34 @@ def original_reward(env, pos):
         return [-2 * far(1, goal[0]) ** 2] * 2
     if env.name == "simple_reference":
         return [-(far(1, goal[0]) ** 2) - far(0, goal[1]) ** 2] * 2
-    ramp = lambda x: 0 if x < 0.9 else 10 * (x - 0.9) if x < 1 else min(math.exp(2 * x - 2), 10)
-    caught = [sum(touch(k, i) for k in range(K)) for i in range(K, N)]
-    if env.name == "simple_tag":
-        return [10 * sum(caught)] * K + \
-            [-10 * c - sum(ramp(abs(x)) for x in pos[i]) for i, c in enumerate(caught, K)]
-    assert env.name == "simple_world_comm"
-    meals = range(N + 1, N + 3)
-    return [5 * sum(caught) - 0.1 * min(far(k, i) for i in range(K, N)) for k in range(K)] + \
-        [2 * sum(touch(i, m) for m in meals) - 5 * caught[i - K] - 2 * sum(ramp(abs(x)) for x in pos[i])
-         + 0.05 * min(far(i, m) for m in meals) for i in range(K, N)]
-
-
-@pytest.mark.parametrize("name", ["simple_spread", "simple_tag", "simple_push", "simple_adversary"])
-def test_steps_of_the_original(name):
-    env, rng = make(name, 5, dialect="mpe"), np.random.default_rng(1)
-    env.reset()
-    put(env, pos=0.3 * env.place.T, vel=rng.uniform(-1, 1, (5, env.num_agents, 2)))
-    for _ in range(10):
-        action = random_action(env, rng, True)
-        top = [math.inf] * env.num_agents if env.limit is None else env.limit[:, 0]
-        states = env.place.T.tolist(), env.vel.T.tolist(), torch.stack(action, 1).tolist()
-        wanted = []
-        for pos, vel, a in zip(*states):
-            force = [[t * (x[1] - x[2]), t * (x[3] - x[4])] for t, x in zip(env.thrust[:, 0], a)]
-            wanted.append(plain_step(pos, vel, force, env.radii, range(len(env.touch)), top))
-        env.step(action)
-        for b, (pos, vel) in enumerate(wanted):
-            close(env.place.T[b], pos, rtol=0, atol=1e-9)
-            close(env.vel.T[b], vel, rtol=0, atol=1e-9)
+    if env.name == "simple_world_comm":  # 0.05 times the way to food has the other sign
+        return [r + 0.1 * (i >= K) * min(far(i, N + 1), far(i, N + 2)) for i, r in enumerate(mpe2)]
+    return mpe2
 
 
 @pytest.mark.parametrize("name, options", [
-    *((name, {}) for name in ("simple_spread", "simple_tag", "simple_adversary", "simple_push",
-                              "simple_speaker_listener", "simple_reference", "simple_world_comm")),
+    *((name, {}) for name in PARTICLES),
     *((name, dict(num_agents=7, num_adversaries=3)) for name in ("simple_adversary", "simple_push",
                                                                 "simple_world_comm"))])
-def test_rewards_of_the_original(name, options):
-    env, rng = make(name, 1, dialect="mpe", **options), np.random.default_rng(2)
+def test_steps_and_rewards_of_the_original(name, options):
+    env, twin = (make(name, 1, dialect=dialect, **options) for dialect in ("mpe", "mpe2"))
+    rng = np.random.default_rng(1)
+    top = [math.inf] * env.num_agents if env.limit is None else env.limit[:, 0]
     for scale in (0.2, 0.5, 1, 2):
         env.reset()
-        put(env, pos=scale * env.place.T)
-        for _ in range(10):
-            env.step(random_action(env, rng, True))
-            close(env.gain[:, 0], original_reward(env, env.place.T[0].tolist()), rtol=0, atol=1e-9)
+        put(env, pos=scale * env.place.T, vel=rng.uniform(-1, 1, (1, env.num_agents, 2)))
+        for _ in range(8):
+            action, (pos,), (vel,) = random_action(env, rng, True), env.place.T.tolist(), env.vel.T.tolist()
+            pushes = [a[0].tolist() if split[0] == 5 else [0] * 5  # who only speaks stands still
+                      for a, split in zip(tupled(action), env.action_splits)]
+            force = [[t * (a[1] - a[2]), t * (a[3] - a[4])] for t, a in zip(env.thrust[:, 0], pushes)]
+            pos, vel = plain_step(pos, vel, force, env.radii, range(len(env.touch)), top)
+            env.step(action)
+            close(env.place.T[0], pos, rtol=0, atol=1e-9)
+            close(env.vel.T[0], vel, rtol=0, atol=1e-9)
+            put(twin, goal=env.goal.T, pos=env.place.T, vel=env.vel.T, action=env.action.T)
+            wanted = original_reward(env, pos, twin.reward(twin.dist)[:, 0])
+            close(env.gain[:, 0], wanted, rtol=0, atol=1e-9)
 
 
 # ---------------- envs/targets.py: the rules written out body by body
@@ -258,6 +222,7 @@ def test_the_same_steps_as_the_rules_written_out(name, monkeypatch):
     env, hunting, large = make(name, B, horizon=200), "hunting" in name, name.endswith("large")
     env.reset(env.all_tasks()[torch.arange(B) % len(env.all_tasks())])
     env.pos[..., 0] *= 0.25  # a crowd
+    env.pos[..., 1] *= 1.3  # at the walls and beyond
     put(env)
     N, M = (3, 5 + large) if hunting else (2 + large,) * 2
     size = [0.15] * N + [0.05] * (N + 1)
@@ -414,12 +379,14 @@ def same(env, world, b):
     assert {s.id - 1 for s in world.request_queue} == set(np.flatnonzero(env.requested[b]))
 
 
-@pytest.mark.parametrize("N, episodes", [(4, 4), (12, 3)])
-def test_same_as_rware_step_by_step(N, episodes, monkeypatch):
+@pytest.mark.parametrize("N, ordered, episodes", [(4, True, 2), (12, True, 2), (4, False, 3)])
+def test_the_same_steps_as_rware(N, ordered, episodes, monkeypatch):
+    """To the last shelf if rware's graphs are `ordered`; else only chains of equal length differ."""
     rware = pytest.importorskip("rware.warehouse")
-    same_order(monkeypatch, rware)
+    if ordered:
+        same_order(monkeypatch, rware)
     torch.manual_seed(N)
-    draw, layouts, paid, stuck, B = np.random.default_rng(N), [*LAYOUTS] * 2, 0, 0, 10
+    draw, layouts, paid, stuck, differ, B = np.random.default_rng(N), [*LAYOUTS] * 2, 0, 0, 0, 10
     env = make("rware", B, num_agents=N)
     for _ in range(episodes):
         env.reset(one_hot(*layouts))
@@ -428,42 +395,25 @@ def test_same_as_rware_step_by_step(N, episodes, monkeypatch):
         worlds = [twin(rware, env, b, layouts[b]) for b in range(B)]
         theirs = [[w._make_obs(a) for a in w.agents] for w in worlds]
         for _ in range(30):
-            for b in range(B):
-                assert all(equal(o[b].numpy(), t) for o, t in zip(obs, theirs[b]))
+            assert all(equal(o[b].numpy(), t) for b in range(B) for o, t in zip(obs, theirs[b]))
             action, before = bold(env, draw), env.cell.copy()
             obs, reward, terminated, truncated, _ = env.step(list(action.T))
             for b in range(B):
                 theirs[b], wanted, done, late, _ = worlds[b].step(action[b].tolist())
-                assert reward[b].tolist() == wanted and not done and not late and not terminated[b]
-                same(env, worlds[b], b)
+                now = np.array([number(r.x, r.y) for r in worlds[b].agents])
+                if ordered or equal(now, env.cell[b]):
+                    assert reward[b].tolist() == wanted and not done and not late and not terminated[b]
+                    same(env, worlds[b], b)
+                    continue
+                differ += 1
+                assert (now != before[b]).sum() == (env.cell[b] != before[b]).sum()  # as many robots move
+                assert {*now} - {*before[b]} == {*env.cell[b]} - {*before[b]}  # into the same cells
+                worlds[b] = twin(rware, env, b, layouts[b])  # it goes on from our state
+                theirs[b] = [worlds[b]._make_obs(a) for a in worlds[b].agents]
             paid += reward.sum().item()
             stuck += ((action.numpy() == FORWARD) & (env.cell == before)).sum()
     assert paid > 10 * episodes and stuck > 80 * episodes  # deliveries and collisions were compared
-
-
-def test_rware_as_it_comes_differs_only_between_equal_chains():
-    rware = pytest.importorskip("rware.warehouse")
-    torch.manual_seed(0)
-    draw, layouts, differ, B, H = np.random.default_rng(0), list(LAYOUTS) * 2, 0, 10, 200
-    env = make("rware", B, horizon=H)
-    env.reset(one_hot(*layouts))
-    load(env, draw)
-    worlds = [twin(rware, env, b, layouts[b]) for b in range(B)]
-    for _ in range(H):
-        before, action = env.cell.copy(), bold(env, draw)
-        obs, reward, *_ = env.step(list(action.T))
-        for b in range(B):
-            theirs, wanted, *_ = worlds[b].step(action[b].tolist())
-            now = np.array([number(r.x, r.y) for r in worlds[b].agents])
-            if equal(now, env.cell[b]):
-                assert all(equal(o[b].numpy(), t) for o, t in zip(obs, theirs))
-                continue
-            differ += 1
-            mine = env.cell[b]
-            assert (now != before[b]).sum() == (mine != before[b]).sum()  # as many robots move
-            assert {*mine} - {*before[b]} == {*now} - {*before[b]}  # into the same cells
-            worlds[b] = twin(rware, env, b, layouts[b])  # it goes on from our state
-    assert differ < 0.005 * H * B
+    assert differ < 0.005 * B * 30 * episodes
 
 
 # ---------------- envs/mujoco.py: gymnasium's HalfCheetah-v5 and Ant-v5, bit by bit
@@ -503,8 +453,9 @@ def test_locomotion_is_bit_equal_to_gymnasium(name):
         torso_is_right(b, env.state[b, 1 : 1 + env.sim.model.nq])
     for t in range(H):
         before = env.state.copy()
-        action = (scale * torch.randn(B, *env.action_dims)).clamp(-1, 1)
+        action = scale * torch.randn(B, *env.action_dims)
         obs, reward, terminated, truncated, info = env.step(action)
+        action = action.clamp(-1, 1)  # as ours does
         for b in np.flatnonzero(~over):
             twin, task = twins[b], env.task[b]
             twin.data.qacc_warmstart[:] = 0  # the stated convention
@@ -533,21 +484,6 @@ def test_locomotion_is_bit_equal_to_gymnasium(name):
     assert cheetah or np.mean(slip) < 0.02
 
 
-@pytest.mark.parametrize("name", ["half_cheetah_dir", "ant_dir"])
-def test_close_to_an_untouched_gymnasium_env(name):
-    torch.manual_seed(0)
-    env = make(name, 4)
-    env.reset()
-    twins = reference(env)
-    for _ in range(10):
-        action = torch.rand(4, *env.action_dims) * 2 - 1
-        env.step(action)
-        for b, twin in enumerate(twins):
-            twin.step(action[b].double().numpy())
-    for b, twin in enumerate(twins):
-        close(env.state[b, 1:], np.concatenate([twin.data.qpos, twin.data.qvel]), atol=1e-10)
-
-
 # ---------------- envs/goal_robots.py: one MjData stepped in a loop
 GOAL_ROBOTS = ["wheeled", "small_ant", "reacher2", "reacher4"]
 
@@ -559,7 +495,14 @@ def test_goal_robots_are_one_mjdata_in_a_loop(name, stale):
     goal = np.array([[0.9, 0.1], [-0.3, 0.4]])
     env.reset(torch.tensor(goal))
     model = mujoco.MjModel.from_xml_string(TEXTS[name]())
-    robots = [mujoco.MjData(model) for _ in range(2)]
+    *robots, frame = [mujoco.MjData(model) for _ in range(3)]
+
+    def where(q):
+        """Of an arm its tip, as the model's own kinematics say."""
+        frame.qpos[:] = q
+        mujoco.mj_kinematics(model, frame)
+        return frame.geom_xpos[-1, :2].copy() if name.startswith("reacher") else q[:2]
+
     if name == "small_ant":
         for robot in robots:
             robot.qpos[:] = ANT_POSE
@@ -578,7 +521,6 @@ def test_goal_robots_are_one_mjdata_in_a_loop(name, stale):
                 mujoco.mj_step(model, robot)
             assert np.array_equal(env.state[b, 1:], np.concatenate([robot.qpos, robot.qvel]))
             robot_q = before_last if stale else robot.qpos
-            where = lambda q: fingertip(q, *ARMS[name][1:]) if name in ARMS else q[:2]
             p, q, v = where(robot_q), robot.qpos, robot.qvel
             seen = {"wheeled": [q[:3], np.sin(q[3:4]), np.cos(q[3:4]), v[:4]], "small_ant": [q, v]}
             seen = seen.get(name, [np.cos(q), np.sin(q), v, where(q)])
@@ -594,7 +536,8 @@ def test_goal_robots_are_one_mjdata_in_a_loop(name, stale):
 
 
 # ---------------- envs/multi_agent_mujoco.py: gymnasium, and MaMuJoCo
-DRIVEN = {"cheetah_dir": "HalfCheetah", "hopper_param": "Hopper", "two_agent_half_cheetah": "HalfCheetah"}
+DRIVEN = {"cheetah_dir": ("HalfCheetah", "2x3"), "hopper_param": ("Hopper", "3x1"),
+          "two_agent_half_cheetah": ("HalfCheetah", "2x3")}
 
 
 def bring(twin, env, b):
@@ -616,80 +559,46 @@ def steady(env, t):
     return [torch.tensor(np.clip(u[:, i : i + 1], -1.3, 1.3), dtype=torch.float32) for i in range(3)]
 
 
-def compare(env, obs, twins, step, seen):
-    """Steps both side by side, also on after a fall. step(b, joint action) -> reward, ended, info; seen(b) ->
-    what the drivers see. Returns how often a row was healthy and how often not."""
-    draw, count = torch.Generator().manual_seed(0), np.zeros(2, int)
-    look = lambda: [np.stack(x).astype(np.float32) for x in zip(*map(seen, range(env.num_envs)))]
-    assert all(map(equal, obs, look()))
+@pytest.mark.parametrize("name", DRIVEN)
+def test_drivers_are_bit_equal_to_mamujoco(name):
+    """Both are stepped side by side, also on after a fall."""
+    mamujoco = pytest.importorskip("gymnasium_robotics").mamujoco_v1
+    torch.manual_seed(1)
+    env, draw, fallen = make(name, 4), torch.Generator().manual_seed(0), 0
+    obs = env.reset(torch.tensor([[1.0], [-1.0]] * 2) if "cheetah" in name else None)
+    if name == "hopper_param":  # what a driver sees of a speed ends at 10
+        env.state[3, 10:] = 12, -12, 11
+        obs = env._see()
+    worlds = [mamujoco.parallel_env(*DRIVEN[name], agent_obsk=0, global_categories=()) for _ in range(4)]
+    names, twins = worlds[0].possible_agents, []
+    for b, world in enumerate(worlds):
+        world.reset(seed=0)
+        twins.append(bring(world.single_agent_env.unwrapped, env, b))
     for t in range(200):
-        action = [torch.randn(env.num_envs, n, generator=draw) for n in env.action_dims]
-        action = steady(env, t) if env.name == "hopper_param" and t < 100 else action
+        for b, world in enumerate(worlds):
+            seen = [twins[b]._get_obs()] * 2 if "two" in name else world._get_obs().values()
+            assert all(equal(o[b], x.astype(np.float32)) for o, x in zip(obs, seen, strict=True))
+        action = [torch.randn(4, n, generator=draw) for n in env.action_dims]
+        action = steady(env, t) if name == "hopper_param" and t < 100 else action
         obs, reward, terminated, _, info = env.step(action)
         env.terminated[:] = False  # nobody rests here
         joint = torch.cat(action, 1).double().numpy()
         for b, twin in enumerate(twins):
             twin.data.qacc_warmstart[:] = 0  # the stated convention
-            wanted, ended, paid = step(b, joint[b])
+            parts = np.split(joint[b], np.cumsum(env.action_dims)[:-1])
+            _, *rest = worlds[b].step(dict(zip(names, parts)))
+            wanted, ended, _, paid = (x["agent_0"] for x in rest)
             assert equal(env.state[b, 1:], np.concatenate([twin.data.qpos, twin.data.qvel]))
-            if env.name == "cheetah_dir":
+            if name == "cheetah_dir":
                 wanted = env.task[b, 0] * paid["reward_forward"] + paid["reward_ctrl"]
-            elif env.name == "two_agent_half_cheetah":
+            elif name == "two_agent_half_cheetah":
                 cost = -0.1 * (np.clip(joint[b], -1, 1) ** 2).sum()  # of what reaches the motors
                 wanted = env.task[b, 0] * paid["reward_forward"] + cost
             assert equal(reward[b].numpy(), np.full(env.num_agents, wanted).astype(np.float32))
             assert terminated[b].item() == ended
-            count[int(ended)] += 1
-        assert all(map(equal, obs, look())) and not info["diverged"].any()
-    return count
-
-
-@pytest.mark.parametrize("name", DRIVEN)
-def test_drivers_are_bit_equal_to_gymnasium(name):
-    torch.manual_seed(1)
-    env = make(name, 8 if name == "hopper_param" else 3)
-    obs = env.reset(torch.tensor([[1.0], [-1.0], [1.0]]) if "cheetah" in name else None)
-    twins = [bring(gymnasium.make(f"{DRIVEN[name]}-v5").unwrapped, env, b) for b in range(env.num_envs)]
-
-    def seen(b):
-        d = twins[b].data
-        if name == "two_agent_half_cheetah":
-            return [twins[b]._get_obs()] * 2
-        if name == "cheetah_dir":
-            joint = lambda j: [d.joint(j).qpos[0], d.joint(j).qvel[0]]
-            return [[x for j in leg for x in joint(j)] for leg in (("bfoot", "bshin", "bthigh"),
-                                                                  ("ffoot", "fshin", "fthigh"))]
-        return [[d.joint(j).qpos[0], np.clip(d.joint(j).qvel[0], -10, 10)]
-                for j in ("thigh_joint", "leg_joint", "foot_joint")]
-
-    def step(b, joint):
-        _, reward, ended, _, info = twins[b].step(joint)
-        return reward, ended, info
-
-    healthy, fallen = compare(env, obs, twins, step, seen)
-    assert healthy >= 40 * env.num_envs and (fallen > 0) == (name == "hopper_param")
-
-
-@pytest.mark.parametrize("name, conf", [("cheetah_dir", "2x3"), ("hopper_param", "3x1")])
-def test_drivers_are_bit_equal_to_mamujoco(name, conf):
-    mamujoco = pytest.importorskip("gymnasium_robotics").mamujoco_v1
-    torch.manual_seed(2)
-    env = make(name, 4)
-    obs = env.reset(torch.tensor([[1.0], [-1.0]] * 2) if name == "cheetah_dir" else None)
-    worlds = [mamujoco.parallel_env(DRIVEN[name], conf, agent_obsk=0, global_categories=()) for _ in range(4)]
-    twins = []
-    for b, world in enumerate(worlds):
-        world.reset(seed=0)
-        twins.append(bring(world.single_agent_env.unwrapped, env, b))
-        assert [world.observation_space(a).shape[0] for a in world.possible_agents] == list(env.obs_dims)
-        assert [world.action_space(a).shape[0] for a in world.possible_agents] == list(env.action_dims)
-
-    def step(b, joint):
-        parts = np.split(joint, np.cumsum(env.action_dims)[:-1])
-        out = worlds[b].step(dict(zip(worlds[b].possible_agents, parts)))
-        return out[1]["agent_0"], out[2]["agent_0"], out[4]["agent_0"]
-
-    compare(env, obs, twins, step, lambda b: worlds[b]._get_obs().values())
+            fallen += ended
+        assert not info["diverged"].any()
+    assert fallen < 4 * 170 and (fallen > 0) == (name == "hopper_param")  # many steps of both kinds
 
 
 def test_healthy_is_gymnasiums():

@@ -1,19 +1,16 @@
 """TESP's equations by hand, by finite differences and against a loop over tasks (tests/oracles/tesp.py)."""
 
-import importlib.util
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from test_house_style import ROOT
+from oracles import tesp as oracle
 
 import tesp
-from envs.goal_robots import TEXTS
-from tesp import Args, Batch, Episodes, Net, Play, adapted, keep
+from tesp import Args, Episodes, Net, Play, adapted, keep
 
-spec = importlib.util.spec_from_file_location("oracle_tesp", ROOT / "tests" / "oracles" / "tesp.py")
-spec.loader.exec_module(oracle := importlib.util.module_from_spec(spec))
 close = torch.testing.assert_close
 S, A, U, D = 3, 2, 4, 3  # observation, action, GRU units, embedding
 FEATURES = S + 2 * A + 1
@@ -59,6 +56,16 @@ def make_play(M=2, H=5, E=2, seed=1):
     return Play(obs, action, mean, log_std, -draw(M, H, E).abs() * mask, mask, torch.zeros(M, E))
 
 
+def told(play, task):
+    """The episodes of one task as the oracle has them."""
+    out, names = [], ("obs", "action", "mean", "log_std", "reward")
+    for e, n in enumerate(play.mask[task].sum(0).int()):
+        episode = {k: getattr(play, k)[task, :n, e] for k in names}
+        logprob = tesp.log_prob(episode["mean"], episode["log_std"], episode["action"])
+        out.append(episode | {"logprob": logprob})
+    return out
+
+
 # ---------------------------------------------------------------- (3), (4): the encoder
 def test_gru_by_hand(double):
     x = torch.ones(1, 2, 2, 1)
@@ -80,13 +87,8 @@ def test_encoder_equals_the_oracle_on_ragged_episodes_whatever_the_padding():
         close(z[i], oracle.encode(own, [(0.0, e[:n]) for e, n in zip(x[i], length[i])]))
     padding = torch.arange(9)[:, None] >= length[..., None, None]
     assert torch.equal(z, tesp.encode(p, Episodes(x.masked_fill(padding, 7e3), length, None)))
-
-
-def test_empty_buffer_gives_zero_and_no_gradient():
-    net, phi, _ = make_net()
-    phi = phi.expand(2, -1).clone().requires_grad_()
-    z = tesp.encode(tesp.unflatten(phi, net.encoder), None)
-    assert torch.equal(z, torch.zeros(2, D)) and not z.requires_grad
+    empty = tesp.encode({k: v.requires_grad_() for k, v in p.items()}, None)
+    assert torch.equal(empty, torch.zeros(3, D)) and not empty.requires_grad
 
 
 def test_initial_weights():
@@ -97,7 +99,6 @@ def test_initial_weights():
     assert 0.98 * limit < e["wx"].abs().max() <= limit
     for w, norm in ((e["wp"], 0.01), (p["w0"], 1), (p["w1"], 1), (p["w2"], 0.01)):
         close(w.norm(dim=0), torch.full((w.shape[1],), float(norm)))
-    assert sum(v.numel() for v in e.values()) == 210_184 and sum(v.numel() for v in p.values()) == 71_428
     assert all((v == 0).all() for q in (e, p) for k, v in q.items() if k[0] == "b")
 
 
@@ -109,121 +110,38 @@ def test_the_papers_sizes(env, size):
     assert tesp.preset(Args(env="reacher2", method="maesn"))["latent_coef"] == 0.001
 
 
-def test_policy_is_an_mlp_on_observation_and_embedding():
-    torch.manual_seed(0)
-    p, obs, z = tesp.make_policy(S, A, 5, D), torch.randn(2, 12, S), torch.randn(2, D)
-    p = {k: torch.randn_like(v) for k, v in p.items()}
-    x = torch.cat([obs, z[:, None].expand(-1, 12, -1)], -1)
-    x = torch.tanh(torch.tanh(x @ p["w0"] + p["b0"]) @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
-    mean, log_std = tesp.policy(p, obs, z)
-    close(mean, x[..., :A])
-    close(log_std, x[..., A:])
-    stacked = {k: torch.stack([v, 2 * v]) for k, v in p.items()}
-    close(tesp.policy(stacked, obs, z)[0][0], mean[0])
-    assert not torch.allclose(tesp.policy(stacked, obs, z)[0][1], mean[1])
+# ---------------------------------------------------------------- (1), (5), (6): buffers and batches
+def test_buffers_are_those_of_the_oracle():  # eq. (1): ranks, features, order and lengths
+    plays = [make_play(seed=s) for s in range(3)]
+    buffer, theirs = None, [[], []]
+    for play in plays:
+        buffer = keep(buffer, tesp.episodes(play), "best", 3)
+        theirs = [oracle.add(theirs[i], told(play, i), 3) for i in range(2)]
+    for i, k in itertools.product(range(2), range(3)):
+        ret, x = theirs[i][k]
+        n = buffer.length[i, k]
+        assert n == len(x) and torch.equal(buffer.x[i, k, :n], x) and (buffer.x[i, k, n:] == 0).all()
+        close(buffer.ret[i, k].item(), ret)
+    twins = tesp.episodes(plays[1]._replace(reward=plays[0].reward, mask=plays[0].mask))
+    old, new = tesp.episodes(plays[0]), tesp.episodes(plays[1])
+    best = [keep(None, old, "best", 2), keep(old, twins, "best", 2)]
+    assert torch.equal(best[0].x[:, 0], best[1].x[:, 0])  # a tie: the older one stays
+    assert torch.equal(keep(old, new, "last", 1).x, new.x)
+    assert torch.equal(keep(old, new, "all", 1).x, torch.cat([old.x, new.x], 1))
 
 
-# ---------------------------------------------------------------- (1): the buffer
-def batch_of(returns, lengths):
-    x = torch.tensor(returns)[..., None, None] * torch.ones(1, len(returns[0]), 3, 2)
-    return Episodes(x, torch.tensor(lengths), torch.tensor(returns))
-
-
-def test_keep_ranks_by_return_and_moves_everything_along():
-    b = keep(None, batch_of([[5.0, 1.0, 4.0]], [[3, 1, 2]]), "best", 3)
-    b = keep(b, batch_of([[3.0, 6.0]], [[1, 2]]), "best", 3)
-    assert b.ret.tolist() == [[6.0, 5.0, 4.0]] and b.length.tolist() == [[2, 3, 2]]
-    assert b.x[0, :, 0, 0].tolist() == [6.0, 5.0, 4.0]
-    b = keep(b, batch_of([[5.0]], [[1]]), "best", 2)
-    assert b.length.tolist() == [[2, 3]]  # a tie: the older one stays
-
-
-def test_the_other_buffers():
-    old, new = batch_of([[5.0, 1.0, 4.0]], [[3, 1, 2]]), batch_of([[3.0, 6.0, 0.0]], [[1, 2, 3]])
-    assert keep(old, new, "last", 2).ret.tolist() == [[3.0, 6.0, 0.0]]
-    assert keep(old, new, "all", 2).ret.tolist() == [[5.0, 1.0, 4.0, 3.0, 6.0, 0.0]]
-
-
-def test_features_are_observation_distribution_and_reward():
-    play = make_play()
-    e = tesp.episodes(play)
-    assert torch.equal(e.length, play.mask.sum(1).long()) and torch.equal(e.ret, play.reward.sum(1))
-    n = e.length[1, 0]
-    wanted = torch.cat([play.obs, play.mean, play.log_std, play.reward[..., None]], -1)[1, :n, 0]
-    assert torch.equal(e.x[1, 0, :n], wanted) and (e.x[1, 0, n:] == 0).all()
-    assert wanted.shape[1] == FEATURES
-
-
-# ---------------------------------------------------------------- (5)-(7), (9): batches and losses
-def test_gae_by_hand_stops_at_the_end():
-    reward = torch.tensor([[[-1.0], [-2.0], [-3.0], [0.0]]])
-    value = torch.tensor([[[0.5], [0.25], [1.0], [9.0]]])
-    mask = torch.tensor([[[1.0], [1.0], [1.0], [0.0]]])
-    d = [-1 + 0.9 * 0.25 - 0.5, -2 + 0.9 * 1.0 - 0.25, -3 - 1.0]
-    a2 = d[2]
-    a1 = d[1] + 0.45 * a2
-    a0 = d[0] + 0.45 * a1
-    close(tesp.gae(reward, value, mask, 0.9, 0.5), torch.tensor([[[a0], [a1], [a2], [0.0]]]))
-    whole = tesp.gae(reward, value, torch.ones_like(mask), 0.9, 0.5)
-    close(whole[0, -1], torch.tensor([0.0 - 9.0]))  # the time limit is an end too
-
-
-def test_baseline_solves_the_ridge_regression_of_each_task(double):
-    play = make_play(M=2, H=12, E=4)
-    ret = tesp.returns_to_go(play.reward, 0.99)
-    value = tesp.linear_baseline(11 * play.obs, ret, play.mask)
-    for i in range(2):
-        x, y = [], []
-        for t in range(12):
-            for e in range(4):
-                if play.mask[i, t, e]:
-                    o = (11 * play.obs[i, t, e]).clamp(-10, 10)
-                    x.append(torch.cat([o, o**2, torch.tensor([t / 100, (t / 100) ** 2, (t / 100) ** 3, 1])]))
-                    y.append(ret[i, t, e])
-        x, y = torch.stack(x), torch.stack(y)
-        w = torch.linalg.solve(x.T @ x + 1e-5 * torch.eye(x.shape[1]), x.T @ y)
-        close(value[i][play.mask[i] > 0], x @ w, atol=1e-7, rtol=1e-7)
-    assert (value[play.mask == 0] == 0).all()
-
-
-def test_process_keeps_the_valid_steps_and_does_not_normalise():
-    play, args = make_play(), small()
+def test_batches_are_those_of_the_oracle(double):  # eqs. (5) and (6), not normalised
+    play, args = make_play(H=12, E=4), small()
+    play = play._replace(obs=11 * play.obs)  # beyond the bound of the baseline's features
     batch = tesp.process(play, args)
-    counts = play.mask.sum((1, 2))
-    assert batch.weight.shape[1] == counts.max()
-    close(batch.weight.sum(1), torch.ones(2))
-    for i in range(2):
-        n = int(counts[i])
+    for i, valid in enumerate(play.mask > 0):  # (H, E)
+        wanted, n = oracle.process(told(play, i), args), valid.sum()
+        rows = (valid.flatten().cumsum(0) - 1).view_as(valid)  # ours go by time, theirs by episode
+        for name, x in wanted.items():
+            if name != "reward":
+                close(getattr(batch, name)[i, rows.T[valid.T]], x, atol=1e-5, rtol=1e-5)
         assert (batch.weight[i, :n] == 1 / n).all() and (batch.weight[i, n:] == 0).all()
-        assert torch.equal(batch.obs[i, :n], play.obs[i][play.mask[i] > 0])
-        assert torch.equal(batch.action[i, :n], play.action[i][play.mask[i] > 0])
-    value = tesp.linear_baseline(play.obs, tesp.returns_to_go(play.reward, 0.99), play.mask)
-    adv = tesp.gae(play.reward, value, play.mask, 0.99, 0.97)
-    assert torch.equal(batch.adv[0, : int(counts[0])], adv[0][play.mask[0] > 0])
-
-
-def test_log_prob_and_kl_are_those_of_torch():
-    mean, log_std, action, other, log_other = torch.randn(5, 7, A)
-    p = torch.distributions.Normal(mean, log_std.exp())
-    q = torch.distributions.Normal(other, log_other.exp())
-    close(tesp.log_prob(mean, log_std, action), p.log_prob(action).sum(-1))
-    close(tesp.gaussian_kl(mean, log_std, other, log_other),
-          torch.distributions.kl_divergence(p, q).sum(-1), rtol=1e-4, atol=1e-4)
-
-
-def test_surrogate_is_ppos():
-    n = 6
-    mean, log_std, action, old_mean = torch.randn(4, 1, n, A)
-    old_log, adv = 0.1 * torch.randn(1, n, A), torch.randn(1, n)
-    logprob = tesp.log_prob(old_mean, old_log, action)
-    rows = Batch(None, action, old_mean, old_log, logprob, adv, torch.full((1, n), 1 / n))
-    loss, kl = tesp.surrogate(mean, log_std, rows, 0.15)
-    wanted = 0
-    for k in range(n):
-        ratio = math.exp(tesp.log_prob(mean, log_std, action)[0, k] - logprob[0, k])
-        wanted -= min(ratio * adv[0, k], min(max(ratio, 0.85), 1.15) * adv[0, k]) / n
-    close(loss, wanted[None])
-    close(kl, tesp.gaussian_kl(old_mean, old_log, mean, log_std).mean(1))
+    assert batch.weight.shape[1] == play.mask.sum((1, 2)).max()
 
 
 # ---------------------------------------------------------------- (2), (8), (10): updates
@@ -232,55 +150,42 @@ def test_accumulated_first_order_update(double):
     phi, alpha, g = torch.zeros(2), torch.full((2,), 0.1), torch.zeros(1, 2)
     for _ in range(3):
         g = g + (adapted(phi, alpha, g) - c) @ hessian
-    result = adapted(phi, alpha, g)
-    close(result, torch.tensor([[0.373125, -0.155875]]), atol=1e-10, rtol=0)
-    d = (result - c) @ hessian  # with g as a constant
-    close(d[0], torch.tensor([-0.8316875, 0.5306875]), atol=1e-10, rtol=0)
-    close(-(g * d)[0], torch.tensor([-3.10323398, -0.82720914]), atol=1e-8, rtol=0)
-
-
-def outer_setting(adapt_policy=False, **kw):
-    """Everything that outer_gradient() needs, at random, and V as if played by the adapted policy."""
-    args = small(adapt_policy=adapt_policy, **kw)
-    net, phi, psi = make_net(adapt_policy)
-    alpha = torch.full_like(phi, 0.05)
-    alpha[::3], alpha[1::3] = 0.3, -0.2  # beyond the bound on both sides
-    x, g = torch.cat([phi, alpha, psi]), torch.randn(2, len(phi))
-    buffer, batch = tesp.episodes(make_play(seed=5)), tesp.process(make_play(), args)
-    with torch.no_grad():
-        encoder, actor = net.parts(adapted(phi, alpha, g), psi)
-        mean, log_std = tesp.policy(actor, batch.obs, tesp.encode(encoder, buffer))
-    logprob = tesp.log_prob(mean, log_std, batch.action)
-    return net, x, g, buffer, batch._replace(mean=mean, log_std=log_std, logprob=logprob), args
+    close(adapted(phi, alpha, g), torch.tensor([[0.373125, -0.155875]]), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("adapt_policy", [False, True])
-def test_outer_gradient_is_that_of_the_box(adapt_policy, double):
-    """dL/dphi = mean of d_i, dL/dalpha = -mean of g_i d_i within the bound and 0 beyond it."""
-    net, x, g, buffer, batch, args = outer_setting(adapt_policy, latent_coef=0.5)
-    batch = batch._replace(logprob=batch.logprob + 0.2 * torch.randn_like(batch.logprob))  # some ratios clip
+def test_outer_gradient_is_that_of_the_oracle(adapt_policy, double):  # eqs. (2), (3), (9), (10)
+    args = small(adapt_policy=adapt_policy, latent_coef=0.5)
+    net, phi, psi = make_net(adapt_policy)
+    alpha = torch.full_like(phi, 0.05)
+    alpha[::3], alpha[1::3] = 0.3, -0.2  # beyond the bound on both sides
+    x, g = torch.cat([phi, alpha, psi]).requires_grad_(), torch.randn(2, len(phi))
+    played = make_play(seed=5)
+    batch, buffer = tesp.process(make_play(), args), tesp.episodes(played)
+    with torch.no_grad():  # V as if a policy close to the adapted one had played it: some ratios are clipped
+        encoder, actor = net.parts(adapted(phi, alpha, g), psi)
+        mean, log_std = tesp.policy(actor, batch.obs, tesp.encode(encoder, buffer))
+        mean, log_std = mean + 0.1 * torch.randn_like(mean), log_std + 0.1 * torch.randn_like(mean)
+    logprob = tesp.log_prob(mean, log_std, batch.action)
+    batch = batch._replace(mean=mean, log_std=log_std, logprob=logprob)
+
     phi, alpha, psi = net.split(x)
-    phi_i = adapted(phi, alpha, g).requires_grad_()
-    encoder, actor = net.parts(phi_i, psi)
-    z = tesp.encode(encoder, buffer)
-    loss, kl = tesp.surrogate(*tesp.policy(actor, batch.obs, z), batch, args.clip_coef)
-    d = torch.autograd.grad((loss + 0.5 * (z**2).mean(1)).sum(), phi_i)[0]
-    P, inside = len(phi), alpha.abs() < 0.1
+    shapes, out = net.encoder | (net.policy if adapt_policy else {}), []  # shapes: what fast updates move
+    for i, n in enumerate((batch.weight > 0).sum(1)):
+        own, steps, moved = (tesp.unflatten(flat, shapes) for flat in (phi, alpha, g[i]))
+        actor = oracle.adapted(own, steps, moved) if adapt_policy else tesp.unflatten(psi, net.policy)
+        rows = {k: v[i, :n] for k, v in batch._asdict().items()}
+        out.append(oracle.task_loss(own, steps, actor, moved, oracle.add([], told(played, i), 9), rows, args))
+    loss, kl, square = (sum(column) / 2 for column in zip(*out))
+    wanted = torch.autograd.grad(loss + 0.5 * square, x)[0]
     *values, gradient = tesp.outer_gradient(net, x, g, buffer, batch, args)
-    close(values, [loss.mean(), kl.mean()])
-    close(gradient[:P], d.mean(0))
-    close(gradient[P : 2 * P], -(g * d).mean(0) * inside)
-    assert gradient[P : 2 * P][inside].abs().max() > 0
+    close(values, [loss.detach(), kl.detach()])
+    close(gradient, wanted)
+    P = len(phi)
+    assert wanted[P : 2 * P].abs().max() > 0 and kl > 1e-3
     for off in (replace(args, learn_alpha=False), replace(args, method="maml")):
         frozen = tesp.outer_gradient(net, x, g, buffer, batch, off)[-1]
         assert (frozen[P : 2 * P] == 0).all() and torch.equal(frozen[:P], gradient[:P])
-
-
-def test_the_first_evaluation_of_ppo():
-    *setting, batch, args = outer_setting()
-    loss, kl, _ = tesp.outer_gradient(*setting, batch, args)
-    close(loss, -(batch.weight * batch.adv).sum(1).mean())  # all ratios are 1
-    assert kl.abs() < 1e-6
 
 
 def scripted(plays):
@@ -362,8 +267,7 @@ def test_an_iteration_equals_that_of_the_oracle():
         noise = [torch.randn(3, 12, 3, 2) for _ in range(4)]
     before = x.clone()
     _, returns = tesp.meta_update(env, net, x, optimizer, args)
-    robots = oracle.SerialWheeled(3, 12, TEXTS["wheeled"]())
-    theirs = oracle.meta_update(robots, *twin, goals, lambda task, phase: noise[phase][task], args)
+    theirs = oracle.meta_update(tesp.make_env(args, 3), *twin, goals, lambda task, k: noise[k][task], args)
     close(returns, torch.tensor(theirs).float(), atol=1e-5, rtol=1e-5)
     assert (x - before).abs().max() > 3e-3
     for mine, p in zip(named(x), twin):

@@ -2,46 +2,13 @@
 The meta-iteration of tesp.py written the obvious way, as the yardstick of its speed: one task after the
 other, a GRU cell a time step with autograd through it, a task's whole batch through the policy at once. The
 maths is that of tesp.meta_update with its defaults, and the noise is handed in, so that the weights after an
-iteration can be compared. SerialWheeled is the world: one MjData an episode, stepped one after the other.
+iteration can be compared. The env has a row for each episode of one task.
 """
 
 import math
 
-import mujoco
 import numpy as np
 import torch
-
-
-class SerialWheeled:
-    """The world `wheeled` without batching, to the bit."""
-
-    def __init__(self, num_envs, horizon, text):
-        self.num_envs, self.horizon, self.model = num_envs, horizon, mujoco.MjModel.from_xml_string(text)
-        self.robots = [mujoco.MjData(self.model) for _ in range(num_envs)]
-
-    def observe(self):
-        rows = [np.concatenate([r.qpos[:3], [np.sin(r.qpos[3]), np.cos(r.qpos[3])], r.qvel[:4]])
-                for r in self.robots]
-        return torch.tensor(np.array(rows), dtype=torch.float32)
-
-    def reset(self, goal):
-        self.goal, self.done = goal.double().numpy(), np.zeros(self.num_envs, bool)
-        for robot in self.robots:
-            mujoco.mj_resetData(self.model, robot)
-        return self.observe()
-
-    def step(self, action):
-        reward = np.zeros((self.num_envs, 1))
-        for i, robot in enumerate(self.robots):
-            if not self.done[i]:
-                u = np.clip(action[i].double().numpy(), -1, 1)
-                robot.ctrl[:] = 50 * u
-                robot.qacc_warmstart[:] = 0
-                mujoco.mj_step(self.model, robot, nstep=5)
-                gap = np.linalg.norm(robot.qpos[:2] - self.goal[i])
-                reward[i], self.done[i] = -gap - 0.0005 * np.square(u).sum(), gap < 0.02
-        terminated = torch.tensor(self.done)
-        return self.observe(), torch.tensor(reward, dtype=torch.float32), terminated, None, {}
 
 
 def encode(p, buffer):
