@@ -31,21 +31,16 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
                   third party's notes, and where both are silent our choice. Test and baselines are ours.
              [D2] Joint scores make z^i forget: where <z, z_k> alone tells the task, z^i gets no gradient but
                   from the KL, whose optimum is the prior. A random half of the queries must do without z.
-             [D3] One encoder recipe for all envs: E is one for all agents, has three layers, and reads
-                  normalised numbers. Many rows fill the rings: of few episodes E learns the places by heart,
-                  not the rewards. Queries are many and short, keys are means of 32 contexts; alpha and sigma
-                  start small; the KL is of queries alone, as in (12).
-             [D4] A warm-up trains the encoder alone; then it slows down: actors follow latents that stand
-                  still. PPO learns from the M rows: with 4 rows of the prior beside 60, actors distrusted
-                  their latents (-164 instead of -127 after 50 iterations).
+             [D3] One encoder recipe for all envs: one E for all agents, on normalised numbers. Many rows fill
+                  the rings: of few episodes E learns the places by heart, not the rewards. Queries are many
+                  and short, keys are means of 32, alpha and sigma start small, the KL is of queries alone.
+             [D4] A warm-up trains the encoder alone. Then it slows down, for actors follow latents that stand
+                  still. With 4 rows of the prior beside 60, PPO taught actors to distrust their latents.
              [D5] z is drawn once an episode; agents step at once; the encoder follows the critics once a
                   pass; V counts at the horizon; an early end is a mask; tasks are shared out evenly.
-             [D6] Actions begin with a deviation of 0.4, not 1: it hardly shrinks, and the best player by
-                  hand that we tried in spread, told the task, has -14 without it, -33 at 0.4, -64 at 1.
-  Run        python mg2l.py --env spread                          # 3 minutes; seeds 1, 2: z^i tells the
-                                                                  # task in 0.78, 0.79; return -140, -128
-             python mg2l.py --env spread --method none            # or task-given, global-only, pearl
-             python mg2l.py --env spread --local-loss own         # scores of z^i alone; kl: KL(q || q^i)
+             [D6] Actions begin with a deviation of 0.4, not 1, which hardly shrinks.
+  Run        python mg2l.py --env spread                          # 2 minutes
+             python mg2l.py --env spread --method none            # task-given, pearl; --local-loss own, kl
              python mg2l.py --env hunting                         # or cheetah_dir, hopper_param, rware
              python mg2l.py --evaluate runs/x/checkpoint.pt --capture-video
   Licence    MIT. Please cite the paper above for the method.
@@ -150,25 +145,26 @@ class Args:
     eval_shots: Count = 8  # the most episodes of the prior that an agent infers from, eq. (13)
 
 
-ROBOTS = dict(total_steps=2_560_000, num_envs=16, context_envs=16, horizon=200, hidden=256, lr=5e-4, ring_size=100,
-              action_sd=1.0, eval_episodes=16)
+ROBOTS = dict(total_steps=2_560_000, num_envs=16, context_envs=16, horizon=200, hidden=256, lr=5e-4,
+              ring_size=100, action_sd=1.0, eval_episodes=16)
 PRESETS = {  # what differs from the defaults
-    "spread": {},
-    "hunting": {},
     "cheetah_dir": ROBOTS,
     "hopper_param": ROBOTS | dict(eval_shots=32),
-    "rware": dict(total_steps=9_600_000, context_envs=64, hidden=128, lr=5e-4, ring_size=50, eval_episodes=16),
+    "rware": dict(total_steps=9_600_000, context_envs=64, hidden=128, lr=5e-4, ring_size=50,
+                  eval_episodes=16),
 }
 
 
 def preset(args):
     """What replaces the defaults where the command line is silent."""
-    own = PRESETS.get(args.env, {})
-    if args.method in INFERS:
-        return own | ({"warm_up": 0} if args.method == "pearl" else {})  # its encoder needs the critics
-    a = Args(**own)  # no rings to fill: as many iterations, of M rows
-    steps = a.total_steps * a.num_envs // (a.num_envs + a.context_envs)
-    return own | dict(context_envs=0, total_steps=steps)
+    own = dict(PRESETS.get(args.env, {}))
+    if args.method == "pearl":
+        own["warm_up"] = 0  # its encoder learns from the critics
+    elif args.method not in INFERS:  # no rings to fill: as many iterations, of M rows
+        a = Args(**own)
+        own["total_steps"] = a.total_steps * a.num_envs // (a.num_envs + a.context_envs)
+        own["context_envs"] = 0
+    return own
 
 
 def parse():
@@ -258,10 +254,6 @@ def policy(actor, obs, zi):
     return Categorical(logits=out)
 
 
-def at_all_times(z, T):
-    return z[:, None].expand(-1, T, -1, -1).flatten(1, 2)  # (n or 1, R, C) -> (n or 1, T R, C)
-
-
 def values(critic, obs, z):
     """V^i(o^1..o^n, z), normalised, (n, R), at observations (n, R, O) and latents (n or 1, R, C)."""
     n = len(obs)
@@ -326,8 +318,7 @@ def encode(p, context, args):
 
 
 def product(e):
-    """eq. (14): N(mu, sd^2) proportional to prod_t N(mu_t, 1 / tau_t) of e (n, M, B, 2C) = [mu_t, rho_t],
-    tau = softplus(rho). There is no z of all agents: z is z^i."""
+    """eq. (14) of e (n, M, B, 2C) = [mu_t, rho_t]: 1 / sd^2 is tau_t = softplus(rho_t). Here z is z^i."""
     mu, rho = e.chunk(2, -1)
     tau = F.softplus(rho)
     total = tau.sum(-2)
@@ -360,8 +351,8 @@ def latents(encoder, tasks, context, noise, args):
 
 
 # ================================================================ 3. Rollout
-# All episodes of an iteration are one batch of R rows: M with latents inferred from the rings, then those of
-# the prior, which fill the rings. A row keeps its latents for the whole episode [D5].
+# All episodes of an iteration are one batch of R rows: M with inferred latents, then those that the prior
+# plays to fill the rings. A row keeps its latents for the whole episode [D5].
 class Play(NamedTuple):
     obs: torch.Tensor  # (n, T + 1, R, O)
     action: torch.Tensor  # (n, T, R, A), or (n, T, R) where actions are numbers of choices
@@ -441,8 +432,7 @@ class Ring:
             self.next[k] = (slot + 1) % self.length.shape[1]
 
     def sample(self, tasks, B):
-        """eq. (1): contexts (n, R, B, F), normalised, drawn with replacement: each transition of a ring is as
-        likely as any other, and all agents' are of the same times."""
+        """eq. (1): contexts (n, R, B, F), normalised. All transitions of a ring have the same chance."""
         length = self.length[tasks]  # (R, size)
         end = length.cumsum(1).double()  # episodes in a row
         u = torch.rand(len(tasks), B, dtype=torch.double) * end[:, -1:]  # which transition of all
@@ -456,8 +446,7 @@ class Ring:
 
 # ================================================================ 4. Objectives
 # Pure functions of tensors. Scores of eqs. (10) and (11) are plain dot products of sampled latents, without
-# temperature. All queries meet the same K keys, one a task: the same expectation as with keys of their own,
-# and fewer contexts to encode. log K - L_G is a lower bound of the mutual information of z and the task.
+# temperature. All queries meet the same K keys. log K - L_G bounds the mutual information of z and the task.
 def info_nce(scores, tasks):
     """eq. (10): scores (..., M, K) of queries and keys, tasks (M,) the right ones -> loss and accuracy."""
     tasks = tasks.expand(scores.shape[:-1])
@@ -563,7 +552,7 @@ def descend(learner, loss, group):
 def targets(learner, play, z, args):
     """(n, T, R) each: normalised values; returns; advantages, of mean 0 and deviation 1 for each agent."""
     steps, R = play.obs.shape[1:3]  # T + 1
-    old = values(learner.params["critic"], play.obs.flatten(1, 2), at_all_times(z, steps))
+    old = values(learner.params["critic"], play.obs.flatten(1, 2), z.repeat(1, steps, 1))
     mean, sd = learner.norm.moments()
     value = (old * sd + mean).view(-1, steps, R)  # (n, T + 1, R)
     adv = gae(play.reward, value, play.alive, play.ended, args.gamma, args.gae_lambda)
@@ -596,14 +585,14 @@ def ppo_update(learner, play, tasks, zi, z, context, noise, args):
             alive = play.alive[:, rows]
             weight = (alive / alive.sum()).flatten()
             # the actors' step
-            pi = policy(params["actor"], obs, at_all_times(zi[:, rows], T))
+            pi = policy(params["actor"], obs, zi[:, rows].repeat(1, T, 1))
             logprob, entropy = pi.log_prob(action), pi.entropy()  # (n, T r)
             loss = actor_loss(logprob, old_logprob, adv, entropy, weight, args.clip_coef, args.ent_coef)
             descend(learner, loss.sum(), "actor")
             # the critics' step
             norm.update(ret, weight)  # at every step, as in the released code
             target = norm.norm(ret)
-            value = values(params["critic"], obs, at_all_times(told[:, rows], T))
+            value = values(params["critic"], obs, told[:, rows].repeat(1, T, 1))
             v_loss = critic_loss(value, old, target, weight, args.clip_coef).sum()
             descend(learner, v_loss, "critic")
         if z.requires_grad:  # the encoder's step, by the chain rule
@@ -648,7 +637,7 @@ def iterate(env, learner, tasks, iteration, args):
     """One iteration of the algorithm box. Returns {tag: value} and how many transitions were played."""
     R, K, ring = env.num_envs, len(tasks), learner.ring
     infers = args.method in INFERS
-    filled = bool(ring.length[:, 0].all())  # the ring of every task
+    filled = ring.length[:, 0].all()  # the ring of every task
     # tasks: in turn until then, and later shared out at random, as evenly as can be [D5]
     order = torch.randperm(K) if filled else torch.arange(K)
     index = order[(iteration * R + torch.arange(R)) % K]
@@ -659,7 +648,8 @@ def iterate(env, learner, tasks, iteration, args):
     with torch.no_grad():
         zi, z, _ = latents(learner.params["encoder"], rows, context, noise, args)
     # play, and learn to act from the first M rows [D4]
-    play, logs = rollout(env, learner.params["actor"], rows, zi), {}
+    play = rollout(env, learner.params["actor"], rows, zi)
+    logs = {}
     if M:
         first = Play(*(x[:, :, :M] for x in play[:4]), *(x[:, :M] for x in play[4:]))
         zi, z, *noise = (x[:, :M] for x in (zi, z, *noise))
@@ -671,16 +661,14 @@ def iterate(env, learner, tasks, iteration, args):
         ring.norm.update(x.flatten(1, 2), alive.flatten() / alive.sum())
         ring.append(index[M:], x, alive.sum(0))
     # learn to infer, most of all before others rely on it [D3]
-    if infers and args.method != "pearl" and filled:
+    if filled and args.method != "pearl":
         for _ in range(args.encoder_updates * (5 if iteration < args.warm_up else 1)):
             queries = torch.randint(K, (args.queries,))
             loss, tags = encoder_losses(learner.params["encoder"], ring, queries, args)
             descend(learner, loss, "encoder")
             logs |= tags
     returns = play.reward.sum(1)  # (n, R)
-    logs["charts/episodic_return"] = returns[:, : M or R].mean()
-    if M < R:
-        logs["adapt/return_0"] = returns[:, M:].mean()  # of the prior's
+    logs["charts/episodic_return"] = returns[:, : M or R].mean()  # at first of the prior
     return logs, int(play.alive.sum())
 
 
@@ -900,7 +888,6 @@ def train(args):
             if milestone:
                 results = meta_test(args, learner)
                 logs |= results
-                text += f"; in the test {results['eval/test/return_0']:.1f} at first"
             run.log(logs, step, text, milestone)
             if stop or iteration % args.save_every == 0:
                 states = {group: optimizer.state_dict() for group, optimizer in learner.optimizers.items()}

@@ -287,15 +287,14 @@ def test_latents_that_only_name_the_agent_win_nothing():
 
 
 # ---------------------------------------------------------------- an iteration
-def test_at_first_the_prior_plays_all_rows_and_then_M_of_them_infer():
+def test_at_first_the_prior_plays_alone_and_then_actors_learn_from_M_rows():
     args, env, learner, tasks = made(0, warm_up=3)
-    seen = []
     for iteration in range(4):
-        before = int(learner.ring.next.sum())
+        before, appended = copy.deepcopy(learner.params), int(learner.ring.next.sum())
         m.iterate(env, learner, tasks, iteration, args)
-        seen.append(int((learner.ring.length > 0).sum()))
-    assert seen[0] == 7 and seen[1] == 12  # all of 7 rows; then the rings of 3 tasks hold 4 each
-    assert (int(learner.ring.next.sum()) - before - 3) % 4 == 0  # the last: three rows by the prior
+        groups = {group for group, p in learner.params.items() if moved(before[group], p)}
+        assert groups == ({"encoder"} if iteration < 3 else {"actor", "critic", "encoder"})
+    assert (int(learner.ring.next.sum()) - appended - 3) % 4 == 0  # the last: three rows by the prior
 
 
 def test_the_first_ratio_is_one():
@@ -306,7 +305,7 @@ def test_the_first_ratio_is_one():
     zi, *_ = m.latents(learner.params["encoder"], tasks[index], context, noise, args)
     play = m.rollout(env, learner.params["actor"], tasks[index], zi)
     obs, action = play.obs[:, :5].flatten(1, 2), play.action.flatten(1, 2)
-    logprob = m.policy(learner.params["actor"], obs, m.at_all_times(zi, 5)).log_prob(action)
+    logprob = m.policy(learner.params["actor"], obs, zi.repeat(1, 5, 1)).log_prob(action)
     close(logprob, play.logprob.flatten(1), rtol=1e-4, atol=1e-5)
 
 
