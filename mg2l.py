@@ -150,14 +150,13 @@ ROBOTS = dict(total_steps=2_560_000, num_envs=16, context_envs=16, horizon=200, 
 PRESETS = {  # what differs from the defaults
     "cheetah_dir": ROBOTS,
     "hopper_param": ROBOTS | dict(eval_shots=32),
-    "rware": dict(total_steps=9_600_000, context_envs=64, hidden=128, lr=5e-4, ring_size=50,
-                  eval_episodes=16),
+    "rware": dict(context_envs=64, hidden=128, lr=5e-4, ring_size=50, eval_episodes=16),
 }
 
 
 def preset(args):
     """What replaces the defaults where the command line is silent."""
-    own = dict(PRESETS.get(args.env, {}))
+    own = PRESETS.get(args.env, {}).copy()
     if args.method == "pearl":
         own["warm_up"] = 0  # its encoder learns from the critics
     elif args.method not in INFERS:  # no rings to fill: as many iterations, of M rows
@@ -635,7 +634,8 @@ def encoder_losses(p, ring, tasks, args):
 
 def iterate(env, learner, tasks, iteration, args):
     """One iteration of the algorithm box. Returns {tag: value} and how many transitions were played."""
-    R, K, ring = env.num_envs, len(tasks), learner.ring
+    R, K = env.num_envs, len(tasks)
+    ring = learner.ring
     infers = args.method in INFERS
     filled = ring.length[:, 0].all()  # the ring of every task
     # tasks: in turn until then, and later shared out at random, as evenly as can be [D5]
@@ -872,8 +872,7 @@ def train(args):
     with Run(args, state) as run:
         stop = False
         while not stop:
-            # all step sizes fall linearly to 0 at 95 % of the training
-            left = max(0.0, 1 - step / (0.95 * args.total_steps))
+            left = max(0.0, 1 - step / (0.95 * args.total_steps))  # all step sizes fall to 0 at 95 %
             slow = 0.1 if 0 < args.warm_up <= iteration else 1.0  # actors need latents that stand still [D4]
             for group, optimizer in learner.optimizers.items():
                 lr = args.encoder_lr * slow if group == "encoder" else args.lr

@@ -60,7 +60,7 @@ def rows_of(play, args, zi, z, context, noise):
 def test_an_update_of_ppo_is_that_of_the_oracle(name):
     args, env, learner, tasks = made(env=name, ppo_epochs=2, minibatches=2)
     with torch.no_grad():
-        learner.params["actor"]["w2"] *= 1000  # gradients that are clipped, by agent
+        learner.params["actor"]["w2"] *= 300  # gradients that are clipped, by agent
     twin, moments = copy.deepcopy(learner), oracle.Moments(env.num_agents)
     for part, sums in zip(("weight", "total", "square"), learner.norm.sums):
         setattr(moments, part, sums[:, 0].tolist())
@@ -397,20 +397,3 @@ def test_a_trial_infers_from_its_own_episodes_and_the_wrong_task_from_anothers(m
     for r in range(9):  # after one episode: every transition of a context is one of this trial
         gap = (seen[1][0][:, r, :, None] - mine[:, None, :, r]).abs().amax(-1)  # (n, B, T)
         assert (gap.amin(-1) < 1e-5).all()
-
-
-def test_contexts_of_random_play_are_told_apart():
-    """The default encoder learns to tell spread's tasks from random play."""
-    args = m.Args(env="spread", num_envs=24, context_envs=120, context_size=50, ppo_epochs=1,
-                  encoder_updates=0)
-    torch.manual_seed(0)
-    env = m.make_env(args, 144)
-    learner, found = m.build(args, env), []
-    for iteration in range(2):
-        m.iterate(env, learner, env.all_tasks("train"), iteration, args)
-    for _ in range(120):
-        loss, logs = m.encoder_losses(learner.params["encoder"], learner.ring, torch.arange(24) % 3, args)
-        m.descend(learner, loss, "encoder")
-        found.append([logs["latent/accuracy_z"], logs["latent/accuracy_zi"]])
-    z, zi = torch.tensor(found[-30:]).mean(0)
-    assert z > 0.6 and zi > 0.5
