@@ -19,8 +19,8 @@ spec.loader.exec_module(oracle)
 close = torch.testing.assert_close
 
 TINY = dict(env="spread", latent_dim=4, hidden=8, context_size=6, num_envs=4, context_envs=3, warm_up=1,
-            horizon=5, ring_size=4, keys=2, ppo_epochs=2, encoder_updates=2, eval_episodes=3, eval_context=7,
-            eval_shots=2)
+            query_size=5, queries=5, horizon=5, ring_size=4, keys=2, ppo_epochs=2, encoder_updates=2,
+            eval_episodes=3, eval_context=7, eval_shots=2)
 STEPS = 7 * 5  # training transitions of an iteration
 BAD = ["--eval-episodes 1", "--horizon 0", "--method maml", "--local-loss both", "--kl-coef -1", "--gamma 2",
        "--env ipd", "--env simple_spread", "--env simple_push"]
@@ -60,11 +60,11 @@ def rows_of(play, args, zi, z, context, noise):
 def test_an_update_of_ppo_is_that_of_the_oracle(name):
     args, env, learner, tasks = made(env=name, ppo_epochs=2, minibatches=2)
     with torch.no_grad():
-        learner.params["actor"]["w2"] *= 1000  # gradients that are clipped, by agent
+        learner.params["actor"]["w2"] *= 300  # gradients that are clipped, by agent
     twin, moments = copy.deepcopy(learner), oracle.Moments(env.num_agents)
     for part, sums in zip(("weight", "total", "square"), learner.norm.sums):
         setattr(moments, part, sums[:, 0].tolist())
-    index = torch.arange(7) % len(tasks)
+    index = torch.arange(7) % len(tasks)  # three rows of the prior too
     context, noise = learner.ring.sample(index[:4], 6), m.make_noise(env, args)
     with torch.no_grad():
         zi, z, _ = m.latents(learner.params["encoder"], tasks[index], context, noise, args)
@@ -86,10 +86,10 @@ def test_an_update_of_ppo_is_that_of_the_oracle(name):
 def test_the_encoders_loss_is_that_of_the_oracle(monkeypatch, kind):
     args, env, learner, _ = made(local_loss=kind)
     p, ring, tasks, C = learner.params["encoder"], learner.ring, torch.tensor([0, 1, 2, 1]), 4
-    contexts = ring.sample(torch.cat([tasks, torch.arange(3).repeat(2)]), 6, few=True)
+    contexts = ring.sample(torch.cat([tasks, torch.arange(3).repeat(2)]), 6)
     eps = [torch.randn(1, 10, C), torch.randn(2, 10, C)]
     draws = iter(eps)
-    monkeypatch.setattr(m.Ring, "sample", lambda *_, **kw: contexts)
+    monkeypatch.setattr(m.Ring, "sample", lambda *_: contexts)
     monkeypatch.setattr(m.Normal, "rsample", lambda d: d.mean + d.stddev * next(draws))
     torch.manual_seed(1)
     keep = torch.rand(4, 1)[:, 0] < 0.5 if kind == "joint" else torch.zeros(4, dtype=torch.bool)
@@ -187,30 +187,20 @@ def numbered(T, R, start):
     return x
 
 
-@pytest.mark.parametrize("few", [False, True])
-def test_a_ring_keeps_the_newest_and_draws_transitions_uniformly_and_aligned(monkeypatch, few):
+def test_a_ring_keeps_the_newest_and_draws_transitions_uniformly_and_aligned(monkeypatch):
     monkeypatch.setattr(m.RunningNorm, "norm", lambda self, x: x / 1000)  # within the bounds of +-10
     torch.manual_seed(0)
     ring = m.Ring(2, 3, 4, 5, 2, "cpu")
     for e in range(6):  # six episodes into four places; the last of task 2 is cut short
         ring.append(torch.tensor([2, 1]), numbered(5, 2, 10 * e), torch.tensor([5 if e < 5 else 2, 5]))
-    c = (1000 * ring.sample(torch.tensor([2, 1, 2]), 4000, few)).round()
+    c = (1000 * ring.sample(torch.tensor([2, 1, 2]), 4000)).round()
     assert torch.equal(c[0, ..., 0], c[1, ..., 0]) and (c[1, ..., 1] == 1).all()  # (2, 3, 4000, 2)
     newest = {10 * e + t for e in (2, 3, 4) for t in range(5)} | {50, 51}
     values, counts = c[0, [0, 2], :, 0].unique(return_counts=True)
     assert set(values.tolist()) <= newest and set(c[0, 1, :, 0].tolist()) <= {
         1000 + 10 * e + t for e in (2, 3, 4, 5) for t in range(5)}
-    if not few:  # a step of the short episode is as likely as any other
-        assert len(values) == 17 and (counts / 8000 - 1 / 17).abs().max() < 0.01
-
-
-def test_a_context_of_few_comes_from_1_to_32_episodes():
-    ring = m.Ring(1, 1, 200, 1, 1, "cpu")
-    ring.append(torch.zeros(150, dtype=torch.long), torch.arange(150.0).view(1, 1, 150, 1), torch.ones(150))
-    ring.norm.sums[:] = torch.tensor([1.0, 0.0, 400.0]).view(3, 1, 1, 1)  # divides by 20
-    torch.manual_seed(0)
-    counts = [len(row.unique()) for row in ring.sample(torch.zeros(300, dtype=torch.long), 500, True)[0]]
-    assert set(counts) >= {1, 2, 4, 8, 16} and max(counts) == 32 and 30 < counts.count(1) < 75  # 1/6 of 300
+    # a step of the short episode is as likely as any other
+    assert len(values) == 17 and (counts / 8000 - 1 / 17).abs().max() < 0.01
 
 
 # ---------------------------------------------------------------- eqs. (5)-(8)
@@ -297,15 +287,15 @@ def test_latents_that_only_name_the_agent_win_nothing():
 
 
 # ---------------------------------------------------------------- an iteration
-def test_at_first_the_prior_plays_all_rows_and_then_M_of_them_infer():
+def test_at_first_the_prior_plays_alone_and_then_actors_learn_from_M_rows():
     args, env, learner, tasks = made(0, warm_up=3)
-    seen = []
     for iteration in range(4):
-        before = int(learner.ring.next.sum())
+        before, appended = copy.deepcopy(learner.params), int(learner.ring.next.sum())
         m.iterate(env, learner, tasks, iteration, args)
-        seen.append(int((learner.ring.length > 0).sum()))
-    assert seen[0] == 7 and seen[1] == 12  # all of 7 rows; then the rings of 3 tasks hold 4 each
-    assert (int(learner.ring.next.sum()) - before - 3) % 4 == 0  # the last: three rows by the prior
+        groups = {group for group, p in learner.params.items() if moved(before[group], p)}
+        wanted = [set(), {"encoder"}, {"encoder"}, {"actor", "critic", "encoder"}]  # the rings are empty at 0
+        assert groups == wanted[iteration]
+    assert (int(learner.ring.next.sum()) - appended - 3) % 4 == 0  # the last: three rows by the prior
 
 
 def test_the_first_ratio_is_one():
@@ -316,7 +306,7 @@ def test_the_first_ratio_is_one():
     zi, *_ = m.latents(learner.params["encoder"], tasks[index], context, noise, args)
     play = m.rollout(env, learner.params["actor"], tasks[index], zi)
     obs, action = play.obs[:, :5].flatten(1, 2), play.action.flatten(1, 2)
-    logprob = m.policy(learner.params["actor"], obs, m.at_all_times(zi, 5)).log_prob(action)
+    logprob = m.policy(learner.params["actor"], obs, zi.repeat(1, 5, 1)).log_prob(action)
     close(logprob, play.logprob.flatten(1), rtol=1e-4, atol=1e-5)
 
 
@@ -408,20 +398,3 @@ def test_a_trial_infers_from_its_own_episodes_and_the_wrong_task_from_anothers(m
     for r in range(9):  # after one episode: every transition of a context is one of this trial
         gap = (seen[1][0][:, r, :, None] - mine[:, None, :, r]).abs().amax(-1)  # (n, B, T)
         assert (gap.amin(-1) < 1e-5).all()
-
-
-def test_contexts_of_random_play_are_told_apart():
-    """The default encoder learns to tell spread's tasks from random play."""
-    args = m.Args(env="spread", num_envs=24, context_envs=120, context_size=50, ppo_epochs=1,
-                  encoder_updates=0)
-    torch.manual_seed(0)
-    env = m.make_env(args, 144)
-    learner, found = m.build(args, env), []
-    for iteration in range(2):
-        m.iterate(env, learner, env.all_tasks("train"), iteration, args)
-    for _ in range(120):
-        loss, logs = m.encoder_losses(learner.params["encoder"], learner.ring, torch.arange(24) % 3, args)
-        m.descend(learner, loss, "encoder")
-        found.append([logs["latent/accuracy_z"], logs["latent/accuracy_zi"]])
-    z, zi = torch.tensor(found[-30:]).mean(0)
-    assert z > 0.6 and zi > 0.5

@@ -38,7 +38,8 @@ def encode(p, context):
     for c in context:
         e = F.gelu(layer(p, "transition.", 0, 0, c))
         e = F.gelu(layer(p, "transition.", 1, 0, e))
-        pooled.append(pool(p, "pool", layer(p, "transition.", 2, 0, e)))
+        e = F.gelu(layer(p, "transition.", 2, 0, e))
+        pooled.append(pool(p, "pool", layer(p, "transition.", 3, 0, e)))
     mu, local = pool(p, "agents", torch.stack(pooled)), []
     for i, x in enumerate(pooled):
         h = F.gelu(layer(p, "local.", 0, i, x.detach()[None]))
@@ -215,16 +216,17 @@ def iterate(env, learner, moments, tasks, args):
             zi = torch.stack([mu_i + sd_i * eps for (mu_i, sd_i), eps in zip(local, noise[1:])])
             row = dict(context=context, noise=noise[0], z=mu + sd * noise[0], zi=zi)
         rows.append(row | episode(env, params, tasks[k : k + 1], row["zi"]))
-    learn(params, learner.optimizers, moments, rows, args)
+    learn(params, learner.optimizers, moments, rows[: args.num_envs], args)
     for k, row in zip(index[args.num_envs :], rows[args.num_envs :]):
         o = row["obs"]
         x = torch.cat([o[:-1], row["action"], row["reward"][..., None], o[1:] - o[:-1]], -1)
         ring.append(torch.tensor([k]), x.transpose(0, 1)[:, :, None], torch.tensor([len(x)]))
     for _ in range(args.encoder_updates):
-        every = [*index[: args.num_envs], *(list(range(K)) * args.keys)]
-        contexts = [ring.sample(torch.tensor([k]), args.context_size, few=True)[:, 0] for k in every]
+        queries = torch.randint(K, (args.queries,)).tolist()
+        every = queries + list(range(K)) * args.keys
+        contexts = [ring.sample(torch.tensor([k]), args.query_size)[:, 0] for k in every]
         eps = torch.randn(n + 1, len(every), args.latent_dim)
-        keep = torch.rand(args.num_envs) < 0.5
-        loss = encoder_loss(params["encoder"], contexts, index[: args.num_envs], K, args.keys, args.kl_coef,
+        keep = torch.rand(args.queries) < 0.5
+        loss = encoder_loss(params["encoder"], contexts, queries, K, args.keys, args.kl_coef,
                             eps[0], eps[1:], keep)
         step(params, learner.optimizers, "encoder", loss)
