@@ -35,7 +35,7 @@ TESP: an encoder learns what a task is from its best episodes; one policy, share
              [D3] wheeled by default is small (10 tasks, 20 episodes, 64 and 32 units, Adam 0.001), to learn
                   in minutes. Evaluations take 20 goals of each set, the authors' all 100 (--eval-tasks 100).
              [D4] Positions come from the state after the step; the authors' lag it by a physics step.
-  Run        python tesp.py --env wheeled                              # 7 to 9 minutes
+  Run        python tesp.py --env wheeled                              # 7 minutes
              python tesp.py --env wheeled --method meta-sgd            # or maml, maesn
              python tesp.py --env wheeled --paper                      # the paper's sizes, 600 iterations
              python tesp.py --env small_ant                            # the paper's ant; reacher2, reacher4

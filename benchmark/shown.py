@@ -90,8 +90,9 @@ VARIANTS = {"TESP": "", "buffer last": "-buffer-last", "buffer all": "-buffer-al
             "frozen step sizes": "-no-learn-alpha"}
 tesp_rows = [("wheeled, 8 M steps", method, f"tesp-wheeled{name}", "eval/", "")
              for method, name in VARIANTS.items()]
-tesp_rows += [("wheeled, 5 M steps", method, f"tesp-wheeled-5m{name}", "eval/", "") for method, name in [
-    ("TESP", ""), ("Meta-SGD", "-meta-sgd"), ("MAESN", "-maesn"), ("MAML, first order", "-maml")]]
+METHODS = {"TESP": "", "Meta-SGD": "-meta-sgd", "MAESN": "-maesn", "MAML, first order": "-maml"}
+tesp_rows += [("wheeled, 5 M steps", method, f"tesp-wheeled-5m{name}", "eval/", "")
+              for method, name in METHODS.items()]
 tesp_rows += [("wheeled, the paper's size, 50 iterations", "TESP", "tesp-wheeled-paper", "eval/", ""),
               ("small_ant, 19 iterations", "TESP", "tesp-small_ant", "eval/", "-31 at 100 iterations")]
 UPDATES = {"warm-up": "test/return_warmup"} | {
@@ -140,7 +141,7 @@ equal_rows = [(env, label, f"lemol-{env}-equal-{kind}", "eval/", "")
 MET = [f"eval/{tag}" for tag in ("return", "anew", "frozen")]
 
 # ---------------------------------------------------------------- MG2L
-# A row of the present recipe appears as soon as its result is there. "mg2l-before-...": the recipe before it.
+# A row of the present recipe replaces that of the recipe before, "mg2l-before-...", once its result is there.
 MG2L = {"task given": "-method-task-given", "joint": "", "own": "-local-loss-own",
         "global only": "-method-global-only", "MA-PEARL": "-method-pearl", "none": "-method-none"}
 mg2l_rows = [(world, method, f"mg2l-{world}{name}", "eval/test/", "")
@@ -149,7 +150,8 @@ mg2l_rows = [(world, method, f"mg2l-{world}{name}", "eval/test/", "")
 BEFORE = {"task given": "-task-given", "own": "", "joint": "-joint", "global only": "-global-only",
           "MA-PEARL": "-pearl", "none": "-none"}
 mg2l_rows += [(f"{world}, recipe before", method, f"mg2l-before-{world}{name}", "eval/train/", "")
-              for world in ("spread", "hunting") for method, name in BEFORE.items()]
+              for world in ("spread", "hunting") for method, name in BEFORE.items()
+              if not (RESULTS / f"mg2l-{world}{MG2L[method]}.csv").exists()]
 mg2l_rows += [("cheetah_dir, recipe before", "joint", "mg2l-before-cheetah_dir", "eval/train/", ""),
               ("hopper_param, recipe before", "joint", "mg2l-before-hopper_param", "eval/test/", ""),
               ("rware, recipe before", "joint", "mg2l-before-rware", "eval/train/", "")]
@@ -177,12 +179,11 @@ FIGURES = {
          [(f"maml_rl-nav2d{name}", [f"eval/return_{k}" for k in range(4)], method)
           for method, name in NAV.items() if method not in BEFORE_RELU], {})],
     "tesp-wheeled": [
-        ("wheeled, training", "million steps", "return of the adapted policy",
-         [(f"tesp-wheeled{name}", "charts/episodic_return", method)
-          for method, name in VARIANTS.items()], {}),
-        ("held-out goals", "batches of episodes seen", "return",
-         [(f"tesp-wheeled{name}", [f"eval/{tag}" for tag in UPDATES.values()], method)
-          for method, name in VARIANTS.items()], {})],
+        ("wheeled, 5 M steps, training", "million steps", "return of the adapted policy",
+         [(f"tesp-wheeled-5m{name}", "charts/episodic_return", method) for method, name in METHODS.items()], {}),
+        ("held-out goals", "batches of 20 episodes seen", "return",
+         [(f"tesp-wheeled-5m{name}", [f"eval/{tag}" for tag in [*UPDATES.values()][bool(name):]], method)
+          for method, name in METHODS.items()], {})],
     "coded_maddpg-spread": [
         ("simple_spread, M = 3", "million steps", "return, all agents",
          [("coded_maddpg-simple_spread", "eval/return", "MADDPG")], {}),

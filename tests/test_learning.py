@@ -64,9 +64,9 @@ def test_lemol_foresees_a_new_learner_better_than_a_model_without_learning_state
 
 
 def test_mg2l_tells_hidden_targets_from_what_one_agent_saw(tmp_path):
-    result = final(mg2l, tmp_path, env="spread", total_steps=320_000, eval_every=0)  # the encoder alone
-    assert result["eval/test/accuracy_zi_8"] > 0.45  # measured: 0.57; chance 0.33
-    assert result["eval/test/accuracy_z_8"] > 0.55  # 0.67
+    result = final(mg2l, tmp_path, env="spread", total_steps=1_216_000, eval_every=0)  # of the warm-up alone
+    assert result["eval/test/accuracy_zi_8"] > 0.7  # measured: 0.88; chance 0.33
+    assert result["eval/test/accuracy_z_8"] > 0.75  # 0.92
 
 
 def test_maml_finds_a_goal_in_one_step(tmp_path):
