@@ -107,7 +107,8 @@ def curve(ax, result, tag, label, colour):
     points = [*zip(*runs)]
     x = [point[0][0] / 1e6 for point in points]
     y = [[value for _, value in point] for point in points]
-    ax.plot(x, [statistics.mean(v) for v in y], color=colour, label=f"{label} ({len(runs)} seeds)", lw=1.8)
+    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+    ax.plot(x, [statistics.mean(v) for v in y], color=colour, label=f"{label} ({seeds})", lw=1.8)
     ax.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=colour, alpha=0.15, lw=0)
 
 

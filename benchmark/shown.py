@@ -180,7 +180,8 @@ FIGURES = {
           for method, name in NAV.items() if method not in BEFORE_RELU], {})],
     "tesp-wheeled": [
         ("wheeled, 5 M steps, training", "million steps", "return of the adapted policy",
-         [(f"tesp-wheeled-5m{name}", "charts/episodic_return", method) for method, name in METHODS.items()], {}),
+         [(f"tesp-wheeled-5m{name}", "charts/episodic_return", method)
+          for method, name in METHODS.items()], {}),
         ("held-out goals", "batches of 20 episodes seen", "return",
          [(f"tesp-wheeled-5m{name}", [f"eval/{tag}" for tag in [*UPDATES.values()][bool(name):]], method)
           for method, name in METHODS.items()], {})],
