@@ -273,7 +273,7 @@ def gru(wx, wh, b, x, length):
     inputs = inputs.unflatten(1, (L, H)).unbind(2)  # H times (M, L, 3U); [:, t] would be slow backwards
     u_gates, u_candidate = wh.split([2 * U, U], -1)
     h = torch.zeros_like(inputs[0][..., :U])
-    for t in range(int(length.max())):
+    for t in range(length.max()):
         gates, candidate = inputs[t].split([2 * U, U], -1)
         z, r = (0.2 * (gates + h @ u_gates) + 0.5).clamp(0, 1).chunk(2, -1)
         n = torch.tanh(candidate + (r * h) @ u_candidate)

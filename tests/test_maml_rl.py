@@ -364,7 +364,7 @@ def test_9_rollout_masks_what_follows_the_end():
     p = net.unflatten(theta)
     p["b2"][:], p["log_std"][:] = torch.tensor([0.01, 0.005]), math.log(0.005)  # walks, almost straight
     tasks = torch.tensor([[0.2, 0.1], [0.5, 0.5]])
-    obs, _, reward, mask = m.rollout(env, net, theta.expand(2, -1), tasks, torch.randn(30, 2, 200, 2), args)
+    obs, *_, reward, mask = m.rollout(env, net, theta.expand(2, -1), tasks, torch.randn(30, 2, 200, 2), args)
     ended = mask[0, -1] == 0
     assert 10 < ended.sum() < 200 and mask[1].all()
     first = mask[0].sum(0).long()  # steps that count; the last of them arrives
