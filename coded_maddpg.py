@@ -29,7 +29,7 @@ Coded MADDPG: multi-agent actor-critic training that waits neither for slow nor 
              [D4] mds: the paper's powers of .1 to .5 give condition numbers beyond 1e10. sparse-mds is ours.
              [D5] Targets start as copies, the base code's as independent draws. Adam is TensorFlow's.
              [D6] B is 512, not 1024: the same return in two thirds of the time.
-  Run        python coded_maddpg.py --env simple_spread                 # 80 s: return -43, random -74
+  Run        python coded_maddpg.py --env simple_spread                 # 2 minutes: return -43, random -74
              python coded_maddpg.py --env simple_tag --num-agents 8 --adv-policy ddpg
              python coded_maddpg.py --num-agents 8 --num-learners 15 --num-stragglers 4   # processes
              python benchmark/ray_engine.py --num-learners 15                             # a Ray cluster

@@ -34,7 +34,7 @@ MAML for reinforcement learning: initial weights from which one gradient step on
              [D5] E-MAML weighs the score of D by the return after adaptation, centred over the tasks.
              [D6] nav2d: an action is a displacement, relu 64-64, alpha 0.1, delta 0.02, 36 iterations; the
                   second command is the authors' way. Robots: tanh, an action of 1 is a tenth of full torque.
-  Run        python maml_rl.py --env nav2d    # 35 s on a quiet core: -39, -14, -11, -10 after 0 .. 3 steps
+  Run        python maml_rl.py --env nav2d    # 40 seconds of one core: -39, -14, -11, -10 after 0 .. 3 steps
              python maml_rl.py --env nav2d --action-scale 0.1 --inner-lr 0.5 --hidden 100 --delta 0.01
              python maml_rl.py --env nav2d --method meta-sgd        # or maesn, or pretrained: the control
              python maml_rl.py --env nav2d --first-order            # FOMAML; --e-maml: E-MAML
