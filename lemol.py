@@ -99,7 +99,7 @@ Count, Size, Share = within(int, 1), within(float, 0), within(float, 0, 1)
 
 @dataclass
 class Args:
-    """Defaults: a quick simple_push, a minute of one core [D9]. PAPER below has the paper's sizes."""
+    """Defaults: a quick simple_push, 85 seconds of one core [D9]. PAPER below has the paper's sizes."""
 
     # --- run: the same in all six scripts
     env: str = "simple_push"  # simple_push, simple_speaker_listener, uav, or your own: make_env()
