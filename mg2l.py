@@ -39,7 +39,7 @@ MG2L: agents infer the task from what each of them saw alone, and train by what 
              [D5] z is drawn once an episode; agents step at once; the encoder follows the critics once a
                   pass; V counts at the horizon; an early end is a mask; tasks are shared out evenly.
              [D6] Actions begin with a deviation of 0.4, not 1, which hardly shrinks.
-  Run        python mg2l.py --env spread                          # 2 to 3 minutes: -117, not told: -141
+  Run        python mg2l.py --env spread                          # 3 minutes: -117; told nothing: -131
              python mg2l.py --env spread --method none            # task-given, pearl; --local-loss own, kl
              python mg2l.py --env hunting                         # or cheetah_dir, hopper_param, rware
              python mg2l.py --evaluate runs/x/checkpoint.pt --capture-video
