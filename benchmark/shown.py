@@ -184,7 +184,9 @@ FIGURES = {
           for method, name in METHODS.items()], {}),
         ("held-out goals", "batches of 20 episodes seen", "return",
          [(f"tesp-wheeled-5m{name}", [f"eval/{tag}" for tag in [*UPDATES.values()][bool(name):]], method)
-          for method, name in METHODS.items()], {})],
+          for method, name in METHODS.items()], {}),
+        ("small_ant, training", "million steps", "return of the adapted policy",
+         [("tesp-small_ant", "charts/episodic_return", "TESP")], {"TESP": {50: -31}})],
     "coded_maddpg-spread": [
         ("simple_spread, M = 3", "million steps", "return, all agents",
          [("coded_maddpg-simple_spread", "eval/return", "MADDPG")], {}),
@@ -194,7 +196,7 @@ FIGURES = {
            {"MADDPG": {0.0256 + 0.025 * (k + 0.5): number for k, number in enumerate(CODED[M])}})
           for M in CODED]],
     "lemol-simple_push": [
-        ("cross-entropy of the opponent model", "cycle", "nats",
+        ("cross-entropy of the opponent model", "earlier cycles", "nats",
          [("lemol-simple_push", [f"eval/cycle_{c}/om_ce" for c in range(1, 4)], "LeMOL"),
           ("lemol-simple_push", [f"eval/cycle_{c}/ablated_ce" for c in range(1, 4)], "ablated")], {})],
     "lemol-equal": [
