@@ -255,3 +255,9 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(ValueError, match="package.*mujoco") as error:
         envs.make("wheeled", 2)
     assert "\n" not in str(error.value)
+
+
+def test_an_env_without_pictures_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit) as error:
+        envs.Camera(object())
+    assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
